@@ -1,0 +1,37 @@
+"""``python -m comfy_sage3 COMMAND``: one table of commands, each a module with ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .errors import Sage3Error
+
+COMMANDS = {
+    "doctor": ("comfy_sage3.doctor", "what this machine can run, and why"),
+    "compare": ("comfy_sage3.compare.command", "the same prompt and seed through two attention kernels"),
+    "run": ("comfy_sage3.workflow", "run a ComfyUI workflow headless"),
+    "numerics": ("comfy_sage3.numerics", "the accuracy tables of docs/numerics.md"),
+    "train-demo": ("comfy_sage3.demo.train", "train the bundled model on one GPU"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0 done, 1 failed, 2 for bad input (one sentence on stderr)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m comfy_sage3", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if argv and argv[0] == name:  # import only the command that runs: each brings its own dependencies
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except Sage3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

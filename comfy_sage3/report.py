@@ -1,0 +1,66 @@
+"""What ran: how many calls each kernel served, and why the others fell back."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import TypedDict
+
+
+class ReportLine(TypedDict):
+    """One row of a report: ``calls`` calls that asked for ``wished`` ran on ``kernel`` because of ``reason``."""
+
+    wished: str
+    kernel: str
+    reason: str
+    fell_back: bool
+    calls: int
+
+
+class Report:
+    """A thread-safe tally of attention calls. One collector, many readers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: Counter[tuple[str, str, str, bool]] = Counter()
+
+    def record(self, wished: str, kernel: str, reason: str, fell_back: bool, calls: int = 1) -> None:
+        """Count ``calls`` calls that asked for ``wished`` and were served by ``kernel``."""
+        with self._lock:
+            self._calls[(wished, kernel, reason, fell_back)] += calls
+
+    def reset(self) -> None:
+        """Forget every call."""
+        with self._lock:
+            self._calls.clear()
+
+    def lines(self) -> list[ReportLine]:
+        """Every distinct outcome, most frequent first."""
+        with self._lock:
+            items = self._calls.most_common()
+        return [
+            {"wished": w, "kernel": k, "reason": r, "fell_back": f, "calls": n} for (w, k, r, f), n in items
+        ]
+
+    @property
+    def accelerated(self) -> int:
+        """Calls served at the precision that was asked for, other than exact."""
+        return sum(x["calls"] for x in self.lines() if not x["fell_back"] and x["kernel"] != "exact")
+
+    @property
+    def fell_back(self) -> int:
+        """Calls that asked for less than exact precision and did not get what they asked for."""
+        return sum(x["calls"] for x in self.lines() if x["fell_back"])
+
+    def summary(self) -> str:
+        """A few plain lines for a terminal or a node: totals, then one line per outcome."""
+        lines = self.lines()
+        total = sum(x["calls"] for x in lines)
+        if not total:
+            return "no attention calls were seen"
+        head = f"{total} attention calls: {self.accelerated} accelerated, {self.fell_back} fell back"
+        return "\n".join([head] + [f"  {x['calls']:>6} x {x['kernel']}: {x['reason']}" for x in lines])
+
+
+process_report = Report()
+"""Every call made through ``attention`` in this process that was given no report of its own."""
