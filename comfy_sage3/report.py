@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections import Counter
 from typing import TypedDict
 
@@ -17,11 +19,20 @@ class ReportLine(TypedDict):
     calls: int
 
 
+_numbers = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, Report] = weakref.WeakValueDictionary()
+
+
 class Report:
-    """A thread-safe tally of attention calls. One collector, many readers."""
+    """A thread-safe tally of attention calls. One collector, many readers.
+
+    ``handle`` is a text that stands for this report where only plain values can go: inside a torch op.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.handle = f"report{next(_numbers)}"
+        _by_handle[self.handle] = self
         self._calls: Counter[tuple[str, str, str, bool]] = Counter()
 
     def record(self, wished: str, kernel: str, reason: str, fell_back: bool, calls: int = 1) -> None:
@@ -60,6 +71,20 @@ class Report:
             return "no attention calls were seen"
         head = f"{total} attention calls: {self.accelerated} accelerated, {self.fell_back} fell back"
         return "\n".join([head] + [f"  {x['calls']:>6} x {x['kernel']}: {x['reason']}" for x in lines])
+
+
+def note_of(report: Report, wished: str, kernel: str, reason: str, fell_back: bool) -> str:
+    """One outcome as a text that a torch op can carry to where the call really runs; see ``record_note``."""
+    return f"{report.handle}|{wished}|{kernel}|{'fell back' if fell_back else ''}|{reason}"
+
+
+def record_note(note: str) -> None:
+    """Count one call in the report that ``note`` names; "" and a report that is gone count nothing."""
+    if note:
+        handle, wished, kernel, fell_back, reason = note.split("|", 4)
+        report = _by_handle.get(handle)
+        if report is not None:
+            report.record(wished, kernel, reason, bool(fell_back))
 
 
 process_report = Report()

@@ -1,0 +1,14 @@
+"""Low-bit attention for video models: one door (``attention``), a decision with a reason, and a report of what ran.
+
+    from comfy_sage3 import attention
+    out = attention(q, k, v, precision="fp4")   # (batch, heads, tokens, head_dim)
+"""
+
+from . import errors
+from .attention import attention
+from .precision import Precision
+from .report import Report
+
+__version__ = "0.1.0"
+
+__all__ = ["Precision", "Report", "__version__", "attention", "errors"]

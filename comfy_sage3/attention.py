@@ -1,0 +1,109 @@
+"""The one door: ``attention``. Check, decide, run, write down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .dispatch import Call, Decision, decide
+from .kernels import exact, ops
+from .kernels.devices import capability_of
+from .precision import Precision
+from .report import Report, note_of, process_report
+
+_LOW_BIT = {"fp4-emulated": ops.fp4_attention, "int8-emulated": ops.int8_attention}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "HND",
+    precision: str | Precision = "auto",
+    return_lse: bool = False,
+    emulate: bool = False,
+    report: Report | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + mask) v, at the precision wished for where this device and call allow it.
+
+    Args:
+        q: (B, H, Lq, D) in layout "HND", (B, Lq, H, D) in "NHD"; fp16, bf16, fp32, or fp64 (exact only).
+        k, v: (B, Hkv, Lk, D) or (B, Lk, Hkv, D), q's dtype and device. Hkv == H unless ``enable_gqa``.
+        mask: bool (True = attend) or floating (added to the scaled scores), broadcastable to
+            (B, H, Lq, Lk) whatever the layout. A row that may attend nothing gives 0.
+        is_causal: query i attends keys 0..i (top-left aligned, as in PyTorch); joins ``mask``.
+        scale: of the scores; None means D ** -0.5.
+        enable_gqa: let q have a multiple of the heads of k and v.
+        precision: "fp4", "int8", "exact" or "auto" (the fastest kernel of this device, never emulated). A call
+            that cannot be served falls back fp4 -> int8 -> exact; the report says why.
+        return_lse: also return the natural log-sum-exp of each row's scores.
+        emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
+        report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
+            keep one report per compiled function: another one compiles it again.
+
+    Returns:
+        out, in q's layout and dtype (under autocast its dtype), fresh memory; with ``return_lse`` also
+        lse, float32 (B, H, Lq), -inf for rows that attend nothing. fp4 gives no gradients, so a call whose
+        inputs require grad runs as int8 or exact; the gradient of lse is always the exact one.
+
+    Raises:
+        InputError: an argument that cannot be used as it is, and NaN in the inputs (on CPU and in emulated
+            kernels, which refuse infinity too; a GPU kernel is never held up to look for it).
+    """
+    wished = Precision.parse(precision).value
+    token_major = checks.layout(layout)
+    checks.tensors(q, k, v, mask)
+    q, k, v = checks.autocast(q, k, v)
+    if token_major:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    checks.shapes(q, k, v, enable_gqa)
+    mask = checks.attention_mask(mask, q, k)
+    scale = checks.scale(scale)
+    call = Call(
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        dtype=q.dtype,
+        device_type=q.device.type,
+        capability=capability_of(q.device),
+        has_mask=mask is not None,
+        is_causal=bool(is_causal),
+        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        v_head_dim=v.shape[3],
+    )
+    decision = decide(call, wished, emulate=emulate)
+    out, lse = _run(decision, wished, q, k, v, mask, call.is_causal, scale, return_lse, report or process_report)
+    if token_major:
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def _run(
+    decision: Decision,
+    wished: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool,
+    report: Report,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the kernel that was decided on, and count the call where it really happens."""
+    if decision.kernel == "exact" and not return_lse and not torch.compiler.is_compiling():
+        # PyTorch's attention, called plainly: it brings its own fast gradient, and there is no graph to break
+        if q.device.type == "cpu":
+            ops.refuse_bad_numbers(q, k, v, mask, infinite=False)
+        out = exact.sdpa(q, k, v, mask, is_causal, scale)
+        report.record(wished, decision.kernel, decision.reason, decision.fell_back)
+        return out, None
+    note = note_of(report, wished, decision.kernel, decision.reason, decision.fell_back)
+    if decision.kernel == "exact":
+        return ops.exact_attention(q, k, v, mask, is_causal, scale, return_lse, note)
+    return _LOW_BIT[decision.kernel](q, k, v, mask, is_causal, scale, note)

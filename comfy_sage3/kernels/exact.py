@@ -1,0 +1,123 @@
+"""Exact attention: PyTorch's own, made safe for fully masked rows, and its gradient in closed form.
+
+All tensors HND: q (B, H, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv). ``mask`` is 4-D, bool (True = attend)
+or additive in q's dtype. Causal is top-left aligned, as in ``F.scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+
+SCORES_AT_ONCE = 1 << 24  # the backward holds this many scores at a time, so that memory stays O(N * D)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """``F.scaled_dot_product_attention`` -> (B, H, Lq, Dv); rows that may attend nothing give 0."""
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        group = q.shape[1] // max(k.shape[1], 1)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return q @ k.transpose(-1, -2) @ v  # a sum over nothing: zeros, and part of the autograd graph
+    gqa = q.shape[1] != k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    mask, dead = _open_dead_rows(_joined(mask, 0, q.shape[2], k.shape[2], is_causal))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.masked_fill(dead, 0.0)
+
+
+def with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): as ``sdpa``, with the natural log of each row's sum of exp(scores), float32 (B, H, Lq)."""
+    if 0 in q.shape or 0 in k.shape:
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+        return sdpa(q, k, v, mask, is_causal, scale), lse
+    if q.shape[3] == v.shape[3]:
+        return reference.exact_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    _, lse = reference.exact_attention(q, k, k, mask=mask, is_causal=is_causal, scale=scale)
+    return sdpa(q, k, v, mask, is_causal, scale), lse
+
+
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of exact attention from the gradients of its output and of its lse (None = zero).
+
+    P = softmax(S), dS = P * (dP - rowsum(P * dP) + dlse), in fp32 (fp64 for fp64 inputs).
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    group = heads // max(kv_heads, 1)
+    scale = head_dim**-0.5 if scale is None else scale
+    qs, ks, vs = (t.to(wide) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    dq, dk, dv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+    rows = max(1, SCORES_AT_ONCE // max(1, batch * heads * k_len))
+    for start in range(0, q_len if k_len else 0, rows):
+        here = slice(start, min(start + rows, q_len))
+        s = (qs[:, :, here] @ ks.transpose(-1, -2)) * scale
+        dead = None
+        if mask is not None:
+            part = mask if mask.shape[2] == 1 else mask[:, :, here]
+            part, dead = _open_dead_rows(_joined(part, start, s.shape[2], k_len, is_causal))
+            s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
+        elif is_causal:
+            s = s.masked_fill(~_triangle(start, s.shape[2], k_len, q.device), -torch.inf)
+        p = torch.softmax(s, -1)
+        if dead is not None:
+            p = p.masked_fill(dead, 0.0)
+        ds = torch.zeros_like(p)
+        if dout is not None:
+            do = dout[:, :, here].to(wide)
+            dv += p.transpose(-1, -2) @ do
+            dp = do @ vs.transpose(-1, -2)
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if dlse is not None:
+            ds = ds + p * dlse[:, :, here, None].to(wide)
+        dq[:, :, here] = ds @ ks * scale
+        dk += ds.transpose(-1, -2) @ qs[:, :, here] * scale
+    if group > 1:
+        dk, dv = (t.unflatten(1, (kv_heads, group)).sum(2) for t in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _triangle(start: int, rows: int, k_len: int, device: torch.device) -> Tensor:
+    """Which keys the queries ``start`` to ``start + rows`` may attend under causality: bool (rows, Lk)."""
+    i = torch.arange(start, start + rows, device=device)[:, None]
+    return torch.arange(k_len, device=device) <= i
+
+
+def _joined(mask: Tensor, start: int, rows: int, k_len: int, is_causal: bool) -> Tensor:
+    """The mask of the queries from ``start`` on, with the causal triangle where asked; Lk columns.
+
+    A mask that is the same for every query stays one row high unless causality makes the rows differ.
+    """
+    mask = mask.expand(-1, -1, -1, k_len)
+    if not is_causal:
+        return mask
+    triangle = _triangle(start, rows, k_len, mask.device)
+    return mask & triangle if mask.dtype == torch.bool else mask.masked_fill(~triangle, -torch.inf)
+
+
+def _open_dead_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask with every fully masked row opened, and which rows those were.
+
+    Some SDPA back ends give NaN for such rows, forward and backward. Opened they stay finite, and zeroing
+    the output afterwards also zeroes their gradients.
+    """
+    if mask.dtype == torch.bool:
+        dead = ~mask.any(-1, keepdim=True)
+        return mask | dead, dead
+    dead = (mask == -torch.inf).all(-1, keepdim=True)
+    return mask.masked_fill(dead, 0.0), dead

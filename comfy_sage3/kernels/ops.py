@@ -1,0 +1,231 @@
+"""Attention as torch ops, so that ``torch.compile`` and autograd see one opaque call with known shapes and strides.
+
+Every op takes HND tensors of any strides and returns fresh contiguous ones. ``note`` names the report in which
+to count the call when it really runs ("" counts nothing). fp4 has no gradient: backward through it raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import InputError
+from ..report import record_note
+from . import exact
+
+# A second copy of this package in one process (installed, and again as a ComfyUI node pack under another
+# name) gets ops of its own; importing the same name again replaces its ops, which torch supports.
+_PACKAGE = __name__.removesuffix(".kernels.ops")
+NAMESPACE = "comfy_sage3"
+if _PACKAGE != NAMESPACE:
+    NAMESPACE += "_" + hashlib.sha256(_PACKAGE.encode()).hexdigest()[:8]
+
+
+def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, infinite: bool) -> None:
+    """Raise InputError naming the first tensor that holds NaN (or infinity, when ``infinite``).
+
+    Reads every value and waits for the device, so it is for CPU tensors and for emulated kernels only:
+    rounding to few bits would turn NaN and infinity into ordinary numbers and hide the fault.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("mask", mask)):
+        if tensor is None or tensor.dtype == torch.bool or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor.detach())
+        if bool(low.isnan()) or bool(high.isnan()):
+            found = "NaN"
+        elif infinite and name != "mask" and bool(torch.isinf(low) | torch.isinf(high)):
+            found = "infinity"
+        else:
+            continue
+        raise InputError(
+            f"{name} contains {found}: look at the step that produced it "
+            "(most often an fp16 overflow, which bfloat16 or float32 avoids)."
+        )
+
+
+def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+
+
+@_op("exact_attention")
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Exact attention -> (out (B, H, Lq, Dv), lse float32 (B, H, Lq), or of 0 elements when not asked for)."""
+    if q.device.type == "cpu":
+        refuse_bad_numbers(q, k, v, mask, infinite=False)
+    if return_lse:
+        out, lse = exact.with_lse(q, k, v, mask, is_causal, scale)
+    else:
+        out, lse = exact.sdpa(q, k, v, mask, is_causal, scale), q.new_empty(0, dtype=torch.float32)
+    record_note(note)
+    return out.contiguous(), lse.contiguous()
+
+
+@_op("exact_attention_backward")
+def exact_attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the gradients of out and lse; None stands for zero."""
+    dq, dk, dv = exact.backward(dout, dlse, q, k, v, mask, is_causal, scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_op("fp4_attention")
+def fp4_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """4-bit attention (NVFP4, SageAttention3), emulated -> (out, lse)."""
+    refuse_bad_numbers(q, k, v, mask, infinite=True)
+    out, lse = reference.fp4_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    record_note(note)
+    return out.contiguous(), lse.contiguous()
+
+
+@_op("int8_attention")
+def int8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """8-bit attention, emulated -> (out, lse)."""
+    refuse_bad_numbers(q, k, v, mask, infinite=True)
+    out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    record_note(note)
+    return out.contiguous(), lse.contiguous()
+
+
+@_op("int8_attention_backward")
+def int8_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of 8-bit attention from the gradient of its output, by the same 8-bit products."""
+    dq, dk, dv = reference.int8_attention_backward(
+        dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@fp4_attention.register_fake
+@int8_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@exact_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    lse_shape = q.shape[:3] if return_lse else (0,)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@exact_attention_backward.register_fake
+def _(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@int8_attention_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.is_causal, ctx.scale, *rest = inputs
+    ctx.spare = (None,) * (2 + len(rest) + 1)  # no gradient: mask, is_causal, scale and what follows
+    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.set_materialize_grads(False)  # so that an lse nobody used costs nothing
+
+
+def _exact_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, _, lse = ctx.saved_tensors
+    if dlse is not None and lse.numel() == 0:
+        dlse = None
+    grads = exact_attention_backward(dout, dlse, q, k, v, mask, ctx.is_causal, ctx.scale)
+    return (*grads, *ctx.spare)
+
+
+def _int8_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    total: list[Tensor] = []
+    if dout is not None:
+        total = list(int8_attention_backward(dout, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale))
+    if dlse is not None:  # the 8-bit backward knows only out; the lse's own gradient is exact
+        exactly = exact_attention_backward(None, dlse, q, k, v, mask, ctx.is_causal, ctx.scale)
+        total = [a + b for a, b in zip(total, exactly, strict=True)] if total else list(exactly)
+    return (*total, *ctx.spare)
+
+
+exact_attention.register_autograd(_exact_backward, setup_context=_save)
+int8_attention.register_autograd(_int8_backward, setup_context=_save)
