@@ -1,0 +1,305 @@
+"""Exact, 4-bit and 8-bit attention in plain PyTorch: the specification the kernels are held against.
+
+Products of quantised operands are fp32 products of the values the codes stand for. That is what the hardware
+computes, up to the order of the fp32 additions: an e2m1 x e2m1 product times two e4m3 scales is exact in fp32, and
+an INT8 dot product of 256 terms stays below 2**24.
+
+Sources: arXiv 2505.11594 algorithm 1 (4 bit), arXiv 2411.10958 and 2505.21136 (8 bit forward).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import smoothing
+from .formats import (
+    BLOCK_SIZE,
+    E2M1_MAX,
+    E4M3_MAX,
+    UINT8_MAX,
+    BlockFormat,
+    Granularity,
+    block_scales,
+    pad_to,
+    quantize_int8,
+    round_blocks,
+    round_fp8_channels,
+    round_int8_channels,
+    round_magnitude_,
+    second_level_scale,
+)
+from .tiles import Shape, WeightRule, attend, finite, references
+
+
+@dataclass(frozen=True)
+class Fp4Options:
+    """Every choice of the 4-bit method as a flag; the defaults are the paper's method.
+
+    Attributes:
+        smooth_q: take the mean of each block of 128 rows out of Q and add its product with K back.
+        smooth_k: take the mean over tokens out of K.
+        per_block_mean: means of Q per 128 rows; False: one over the whole sequence.
+        two_level_p: scale P to 0..448*6 before giving it block scales; False: quantise P in 0..1 directly.
+        p_reference: what P is relative to when it is scaled: the row maximum of its own KV tile ("tile", the
+            paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a kernel).
+        second_level_scale: an fp32 scale per head on top of the block scales of Q, K and V (not in the paper).
+        block_format: "nvfp4" (blocks of 16, e4m3 scales) or "mxfp4" (blocks of 32, power-of-two scales).
+        rotate: "none", or for comparison "hadamard" or "smoothquant", applied to Q and K after smoothing.
+        kv_tile: keys in a tile of the online softmax; a multiple of 32.
+        quantize: False leaves every operand in fp32: the same steps, to check the algebra.
+    """
+
+    smooth_q: bool = True
+    smooth_k: bool = True
+    per_block_mean: bool = True
+    two_level_p: bool = True
+    p_reference: Literal["tile", "running"] = "tile"
+    second_level_scale: bool = False
+    block_format: BlockFormat = "nvfp4"
+    rotate: Literal["none", "hadamard", "smoothquant"] = "none"
+    kv_tile: int = 128
+    quantize: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("p_reference", self.p_reference, ("tile", "running"))
+        _one_of("block_format", self.block_format, tuple(BLOCK_SIZE))
+        _one_of("rotate", self.rotate, ("none", "hadamard", "smoothquant"))
+        _check_tile(self.kv_tile)
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """Every choice of the 8-bit method as a flag.
+
+    Attributes:
+        pv: how P and V are multiplied: "fp8" (P in e4m3 scaled to 448 relative to the running maximum, V in e4m3
+            with a scale per channel) or "int8" (P in unsigned 8 bits relative to its tile's row maximum, V in
+            INT8 with a scale per channel).
+        smooth_k: take the mean over tokens out of K.
+        granularity: tokens of Q and K that share a scale: "thread", "token" or "block" (see
+            ``formats.token_groups``).
+        kv_tile: keys in a tile of the online softmax; a multiple of 32.
+        do_v: backward only. The product dO V^T: "high" (not quantised) or "int8", for comparison.
+        key_mean_term: backward only. Add rowsum(dS) . mean(K) to dQ, as the first paper does (see docs/numerics.md).
+        quantize: False leaves every operand in fp32: the same steps, to check the algebra.
+    """
+
+    pv: Literal["fp8", "int8"] = "fp8"
+    smooth_k: bool = True
+    granularity: Granularity = "thread"
+    kv_tile: int = 128
+    do_v: Literal["high", "int8"] = "high"
+    key_mean_term: bool = False
+    quantize: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("pv", self.pv, ("fp8", "int8"))
+        _one_of("granularity", self.granularity, ("block", "token", "thread"))
+        _one_of("do_v", self.do_v, ("high", "int8"))
+        _check_tile(self.kv_tile)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}: use {', '.join(allowed)}.")
+
+
+def _check_tile(kv_tile: int) -> None:
+    if kv_tile < 32 or kv_tile % 32 or 1024 % kv_tile:
+        raise InputError(f"kv_tile is {kv_tile}: use 32, 64, 128, 256, 512 or 1024.")
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """``scale``, or 1 / sqrt(head_dim) when it is None."""
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+@torch.no_grad()
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale + mask) v without quantisation, in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        q: (B, H, Lq, D), any floating-point dtype.
+        k, v: (B, Hkv, Lk, D) with H a multiple of Hkv.
+        mask: bool (True attends) or additive, broadcastable to (B, H, Lq, Lk).
+        is_causal: row i sees keys 0..i, also when Lq != Lk.
+        scale: softmax scale; None: D**-0.5.
+
+    Returns:
+        out (B, H, Lq, D) in q's dtype; lse (B, H, Lq) fp32, natural logarithm. A row that sees no key gives 0 and
+        -inf. The inputs are not modified.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together.
+    """
+    shape = Shape.of(q, k, v)
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_t = _by_kv_head(q.to(high) * softmax_scale(scale, shape.head_dim), shape).transpose(-1, -2)
+    out, lse = attend(
+        shape, q_t, k.to(high).transpose(-1, -2), v.to(high), _weigh_exact,
+        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
+    )  # fmt: skip
+    return out, lse.float()
+
+
+@torch.no_grad()
+def fp4_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False,
+    scale: float | None = None, options: Fp4Options | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention with Q, K, P and V in 4 bits (arXiv 2505.11594, algorithm 1), simulated in fp32.
+
+    Arguments, results and errors as ``exact_attention``; ``options`` None means ``Fp4Options()``.
+    """
+    options = options or Fp4Options()
+    shape = Shape.of(q, k, v)
+    softmax = softmax_scale(scale, shape.head_dim)
+    block = BLOCK_SIZE[options.block_format]
+    q32, k32, v32 = q.float(), k.float(), v.float()
+
+    mean_k = smoothing.key_mean(k32) if options.smooth_k else None
+    k_smooth = k32 if mean_k is None else k32 - mean_k
+    means_t = None
+    q_smooth = q32
+    if options.smooth_q:
+        means = smoothing.query_means(q32, options.per_block_mean)
+        q_smooth = q32 - smoothing.spread_means(means, shape.q_tokens, options.per_block_mean)
+        means_t = _by_kv_head(means * softmax, shape).transpose(-1, -2)
+    q_op, k_op = _rotate(q_smooth, k_smooth, shape, options.rotate)
+
+    def quantize(x: Tensor, dim: int) -> Tensor:
+        """Blocks along ``dim``; head_dim and keys are padded to whole blocks."""
+        x = pad_to(x, dim, block)
+        if not options.quantize or x.numel() == 0:
+            return x
+        return round_blocks(x, dim, options.block_format, second_level_scale(x) if options.second_level_scale else None)
+
+    q_t = _by_kv_head((quantize(q_op, -1) * softmax), shape).transpose(-1, -2)
+    k_t = pad_to(quantize(k_op, -1), -2, block).transpose(-1, -2)
+    smooth_t = pad_to(k_smooth, -2, block).transpose(-1, -2) if means_t is not None else None
+    out, lse = attend(
+        shape, q_t, k_t, quantize(v32, -2), _weigh_fp4(options) if options.quantize else _weigh_exact,
+        block=block, means_t=means_t, k_smooth_t=smooth_t,
+        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
+    )  # fmt: skip
+    return out, _restore_lse(lse, q32, mean_k, softmax, shape)
+
+
+@torch.no_grad()
+def int8_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False,
+    scale: float | None = None, options: Int8Options | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention with Q K^T in INT8 and P V in FP8 or INT8 (arXiv 2411.10958, 2505.21136), simulated in fp32.
+
+    Arguments, results and errors as ``exact_attention``; ``options`` None means ``Int8Options()``.
+    """
+    options = options or Int8Options()
+    shape = Shape.of(q, k, v)
+    softmax = softmax_scale(scale, shape.head_dim)
+    q32, k32, v32 = q.float(), k.float(), v.float()
+    mean_k = smoothing.key_mean(k32) if options.smooth_k else None
+    k_smooth = k32 if mean_k is None else k32 - mean_k
+    weigh: WeightRule = _weigh_exact
+    if options.quantize:
+        q_op = quantize_int8(q32, options.granularity, "q").dequantize()
+        k_smooth = quantize_int8(k_smooth, options.granularity, "k").dequantize()
+        v32 = round_fp8_channels(v32) if options.pv == "fp8" else round_int8_channels(v32)
+        weigh = _weigh_fp8(options) if options.pv == "fp8" else _weigh_uint8(options)
+    else:
+        q_op = q32
+    out, lse = attend(
+        shape, _by_kv_head(q_op * softmax, shape).transpose(-1, -2),
+        pad_to(k_smooth, -2, _BLOCK_8).transpose(-1, -2), pad_to(v32, -2, _BLOCK_8), weigh,
+        block=_BLOCK_8, mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
+    )  # fmt: skip
+    return out, _restore_lse(lse, q32, mean_k, softmax, shape)
+
+
+_BLOCK_8 = 32  # keys whose maximum is taken first; the 8-bit formats have no block of their own along the keys
+
+
+def _by_kv_head(x: Tensor, shape: Shape) -> Tensor:
+    """(B, H, n, D) -> (B, Hkv, G, n, D)."""
+    return x.unflatten(1, (shape.kv_heads, shape.groups))
+
+
+def _rotate(q: Tensor, k: Tensor, shape: Shape, how: str) -> tuple[Tensor, Tensor]:
+    if how == "hadamard":
+        return smoothing.hadamard(q), smoothing.hadamard(k)
+    if how == "smoothquant":
+        rows = q.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
+        rows, k = smoothing.smooth_quant(rows, k)
+        return rows.reshape(q.shape), k
+    return q, k
+
+
+def _restore_lse(lse: Tensor, q: Tensor, mean_k: Tensor | None, scale: float, shape: Shape) -> Tensor:
+    """The LSE of the scores before K's mean was taken out: every score of row i had scale * q_i . mean more."""
+    if mean_k is None:
+        return lse
+    shift = _by_kv_head(q, shape) @ mean_k.unsqueeze(2).transpose(-1, -2)
+    return lse + shift.squeeze(-1).flatten(1, 2) * scale
+
+
+# ------------------------------------------------------------------------------------ from scores to weights
+def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+    new = torch.maximum(maximum, block_max.amax(1, keepdim=True))
+    scores.sub_(finite(new)).exp_()
+    return new
+
+
+def _weigh_fp4(options: Fp4Options) -> WeightRule:
+    block = BLOCK_SIZE[options.block_format]
+    reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
+
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+        """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach.
+
+        The division is folded into the exponent: exp(S - (ref - log reach + log s)).
+        """
+        reference, factor, new = references(
+            block_max, maximum, options.kv_tile // block, options.p_reference == "tile"
+        )
+        scale = block_scales(torch.exp(block_max - reference) * reach, options.block_format)
+        shift = torch.where(scale == 0, torch.inf, reference + torch.log(scale / reach))
+        blocks = scores.unflatten(1, (-1, block))
+        blocks.sub_(shift.unsqueeze(2)).exp_().clamp_(max=E2M1_MAX)
+        round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=1, min_exponent=0)
+        blocks.mul_((scale * factor / reach).unsqueeze(2))
+        return new
+
+    return weigh
+
+
+def _weigh_fp8(options: Int8Options) -> WeightRule:
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+        """P = e4m3(448 exp(S - running maximum)) / 448."""
+        reference, factor, new = references(block_max, maximum, options.kv_tile // _BLOCK_8, own_tile=False)
+        blocks = scores.unflatten(1, (-1, _BLOCK_8))
+        blocks.sub_((reference - math.log(E4M3_MAX)).unsqueeze(2)).exp_().clamp_(max=E4M3_MAX)
+        round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=3, min_exponent=-6)
+        blocks.mul_((factor / E4M3_MAX).unsqueeze(2))
+        return new
+
+    return weigh
+
+
+def _weigh_uint8(options: Int8Options) -> WeightRule:
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+        """P = round(255 exp(S - row maximum of the tile)) / 255, times exp(row maximum of the tile - maximum)."""
+        reference, factor, new = references(block_max, maximum, options.kv_tile // _BLOCK_8, own_tile=True)
+        blocks = scores.unflatten(1, (-1, _BLOCK_8))
+        blocks.sub_((reference - math.log(UINT8_MAX)).unsqueeze(2)).exp_().round_().clamp_(max=UINT8_MAX)
+        blocks.mul_((factor / UINT8_MAX).unsqueeze(2))
+        return new
+
+    return weigh
