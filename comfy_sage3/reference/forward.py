@@ -142,7 +142,7 @@ def exact_attention(
     """
     shape = Shape.of(q, k, v)
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_t = _by_kv_head(q.to(high) * softmax_scale(scale, shape.head_dim), shape).transpose(-1, -2)
+    q_t = by_kv_head(q.to(high) * softmax_scale(scale, shape.head_dim), shape).transpose(-1, -2)
     out, lse = attend(
         shape, q_t, k.to(high).transpose(-1, -2), v.to(high), _weigh_exact,
         mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
@@ -172,7 +172,7 @@ def fp4_attention(
     if options.smooth_q:
         means = smoothing.query_means(q32, options.per_block_mean)
         q_smooth = q32 - smoothing.spread_means(means, shape.q_tokens, options.per_block_mean)
-        means_t = _by_kv_head(means * softmax, shape).transpose(-1, -2)
+        means_t = by_kv_head(means * softmax, shape).transpose(-1, -2)
     q_op, k_op = _rotate(q_smooth, k_smooth, shape, options.rotate)
 
     def quantize(x: Tensor, dim: int) -> Tensor:
@@ -182,7 +182,7 @@ def fp4_attention(
             return x
         return round_blocks(x, dim, options.block_format, second_level_scale(x) if options.second_level_scale else None)
 
-    q_t = _by_kv_head((quantize(q_op, -1) * softmax), shape).transpose(-1, -2)
+    q_t = by_kv_head((quantize(q_op, -1) * softmax), shape).transpose(-1, -2)
     k_t = pad_to(quantize(k_op, -1), -2, block).transpose(-1, -2)
     smooth_t = pad_to(k_smooth, -2, block).transpose(-1, -2) if means_t is not None else None
     out, lse = attend(
@@ -217,7 +217,7 @@ def int8_attention(
     else:
         q_op = q32
     out, lse = attend(
-        shape, _by_kv_head(q_op * softmax, shape).transpose(-1, -2),
+        shape, by_kv_head(q_op * softmax, shape).transpose(-1, -2),
         pad_to(k_smooth, -2, _BLOCK_8).transpose(-1, -2), pad_to(v32, -2, _BLOCK_8), weigh,
         block=_BLOCK_8, mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
     )  # fmt: skip
@@ -227,7 +227,7 @@ def int8_attention(
 _BLOCK_8 = 32  # keys whose maximum is taken first; the 8-bit formats have no block of their own along the keys
 
 
-def _by_kv_head(x: Tensor, shape: Shape) -> Tensor:
+def by_kv_head(x: Tensor, shape: Shape) -> Tensor:
     """(B, H, n, D) -> (B, Hkv, G, n, D)."""
     return x.unflatten(1, (shape.kv_heads, shape.groups))
 
@@ -243,11 +243,13 @@ def _rotate(q: Tensor, k: Tensor, shape: Shape, how: str) -> tuple[Tensor, Tenso
 
 
 def _restore_lse(lse: Tensor, q: Tensor, mean_k: Tensor | None, scale: float, shape: Shape) -> Tensor:
-    """The LSE of the scores before K's mean was taken out: every score of row i had scale * q_i . mean more."""
-    if mean_k is None:
-        return lse
-    shift = _by_kv_head(q, shape) @ mean_k.unsqueeze(2).transpose(-1, -2)
-    return lse + shift.squeeze(-1).flatten(1, 2) * scale
+    """The LSE of the scores before K's mean was taken out."""
+    return lse if mean_k is None else lse + mean_scores(q, mean_k, scale, shape)
+
+
+def mean_scores(q: Tensor, mean_k: Tensor, scale: float, shape: Shape) -> Tensor:
+    """scale * q_i . mean(K), what smoothing K takes from every score of row i: (B, H, Lq)."""
+    return (by_kv_head(q, shape) @ mean_k.unsqueeze(-1)).squeeze(-1).flatten(1, 2) * scale
 
 
 # ------------------------------------------------------------------------------------ from scores to weights

@@ -77,6 +77,8 @@ class Shape:
             raise InputError(f"The mask is {mask.dtype}: give bool (True attends) or a floating-point bias.")
         full = (self.batch, self.kv_heads * self.groups, self.q_tokens, self.k_tokens)
         try:
+            if mask.dim() > 4:
+                raise RuntimeError
             return mask.expand(full).unflatten(1, (self.kv_heads, self.groups))
         except RuntimeError:
             raise InputError(f"A mask of shape {tuple(mask.shape)} does not broadcast to {full}.") from None
@@ -95,13 +97,13 @@ class Plan:
     pairs: int
 
     @classmethod
-    def for_device(cls, device: torch.device, shape: Shape) -> Plan:
-        """On a CPU 128 x 512 scores a core stay in its L2 cache; a GPU wants few, large launches."""
+    def for_device(cls, device: torch.device, shape: Shape, cpu_rows: int = 64) -> Plan:
+        """On a CPU 64 x 1024 scores a core stay in its L2 cache; a GPU wants few, large launches."""
         if device.type == "cpu":
-            rows, keys, budget = 64, 1024, 128 * 1024
+            rows, keys, budget = cpu_rows, 64 * 1024 // cpu_rows, 128 * 1024
         else:
             rows, keys, budget = 1024, 4096, 64 * 1024 * 1024
-        rows = min(rows, -(-max(shape.q_tokens, 1) // 64) * 64)
+        rows = min(rows, -(-max(shape.q_tokens, 1) // cpu_rows) * cpu_rows)
         keys = min(keys, -(-max(shape.k_tokens, 1) // 128) * 128)
         return cls(rows, keys, max(1, budget // (rows * keys * shape.groups)))
 

@@ -1,0 +1,123 @@
+"""The gradient of 8-bit attention: arXiv 2505.11594 algorithm 3, every product in INT8 but dO V^T."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import smoothing
+from .formats import INT8_MAX, K_BLOCK, Q_BLOCK, Granularity, pad_to, quantize_int8
+from .forward import Int8Options, by_kv_head, mean_scores, softmax_scale
+from .tiles import Plan, Shape, finite, hide_, pair_ranges, row_ranges
+
+
+@torch.no_grad()
+def int8_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, mask: Tensor | None = None,
+    is_causal: bool = False, scale: float | None = None, options: Int8Options | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of ``int8_attention`` with respect to q, k and v.
+
+    For each block of 128 rows i and 64 keys j, with psi(X) = INT8 with one scale for the block:
+    S = Q K^T as in the forward pass; P = exp(S - lse); dV_j += psi(P)^T psi(dO_i); dP = dO_i V_j^T, not quantised;
+    dS = P (dP - rowsum(dO O)); dQ_i += psi(dS) psi(K_j); dK_j += psi(dS)^T psi(Q_i).
+
+    Args:
+        dout: gradient of the loss with respect to ``out``, (B, H, Lq, D).
+        q, k, v: as given to the forward pass.
+        out, lse: what the forward pass returned for them, with the same options.
+        mask, is_causal, scale, options: as in the forward pass. The mask itself gets no gradient.
+
+    Returns:
+        dq (B, H, Lq, D), dk and dv (B, Hkv, Lk, D), summed over the query heads that share a key head, in the
+        dtypes of q, k and v. Rows that see no key give and receive 0.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together.
+    """
+    options = options or Int8Options()
+    shape = Shape.of(q, k, v)
+    if dout.shape != q.shape or out.shape != q.shape or lse.shape != q.shape[:3]:
+        raise InputError(
+            f"For q {tuple(q.shape)} give dout and out of that shape and lse {tuple(q.shape[:3])}, "
+            f"got {tuple(dout.shape)}, {tuple(out.shape)} and {tuple(lse.shape)}."
+        )
+    full_mask = shape.mask(mask)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq, dk, dv
+    scale = softmax_scale(scale, shape.head_dim)
+    q32, k32, v32, do32 = q.float(), k.float(), v.float(), dout.float()
+    lse32, mean_k = lse.float(), smoothing.key_mean(k32)
+    if options.smooth_k:  # the forward pass reported the LSE of the unsmoothed scores
+        k32 = k32 - mean_k
+        lse32 = lse32 - mean_scores(q32, mean_k, scale, shape)
+    delta = (do32 * out.float()).sum(-1)
+
+    def psi(x: Tensor, role: str, granularity: Granularity = "block") -> Tensor:
+        if not options.quantize:
+            return x
+        return quantize_int8(x, granularity, "q" if role == "q" else "k").dequantize()
+
+    # The scores repeat the forward pass. Where tokens are summed over, only a scale per block can leave the product.
+    q_scores, q_block = (by_kv_head(x, shape) for x in (psi(q32, "q", options.granularity), psi(q32, "q")))
+    k_scores, k_block = (pad_to(x, -2, K_BLOCK) for x in (psi(k32, "k", options.granularity), psi(k32, "k")))
+    do_block = psi(do32, "q")
+    do_dp, v_dp = (do_block, psi(v32, "k")) if options.do_v == "int8" else (do32, v32)
+    v_dp = pad_to(v_dp, -2, K_BLOCK)
+    do_block, do_dp = by_kv_head(do_block, shape), by_kv_head(do_dp, shape)
+    lse32, delta = (x.unflatten(1, (shape.kv_heads, shape.groups)) for x in (finite(lse32), delta))
+
+    plan = Plan.for_device(q.device, shape, cpu_rows=Q_BLOCK)
+    d, g = shape.head_dim, shape.groups
+    for bs, hs in pair_ranges(shape, plan.pairs):
+        keys, keys_block, values = (x[bs, hs].flatten(0, 1) for x in (k_scores, k_block, v_dp))
+        n = keys.shape[0]
+        dk_acc, dv_acc = torch.zeros_like(keys), torch.zeros_like(keys)
+        for r0, r1 in row_ranges(shape.q_tokens, plan.rows):
+            width = g * (r1 - r0)
+            rows, rows_block, do_rows, do_rows_block = (
+                x[bs, hs, :, r0:r1].reshape(n, width, d) for x in (q_scores, q_block, do_dp, do_block)
+            )
+            row_lse, row_delta = (x[bs, hs, :, r0:r1].reshape(n, 1, width) for x in (lse32, delta))
+            dq_acc = torch.zeros_like(rows)
+            padded = keys.shape[1]
+            for c0 in range(0, min(padded, r1) if is_causal else padded, plan.keys):
+                c1 = min(c0 + plan.keys, padded)
+                if is_causal:
+                    c1 = min(c1, -(-r1 // K_BLOCK) * K_BLOCK)
+                p = torch.bmm(keys[:, c0:c1], rows.transpose(1, 2)).mul_(scale)  # P^T: (n, c, rows)
+                limit = min(c1, shape.k_tokens)
+                piece = None if full_mask is None else full_mask[bs, hs, :, r0:r1, c0:limit]
+                grid = p.view(n, c1 - c0, g, r1 - r0)
+                hide_(grid, piece, rows=(r0, r1), keys=(c0, c1), limit=limit, causal=is_causal)
+                p.sub_(row_lse).exp_()
+                ds = torch.bmm(values[:, c0:c1], do_rows.transpose(1, 2)).sub_(row_delta).mul_(p)
+                if options.key_mean_term and options.smooth_k:
+                    means = mean_k[bs, hs].flatten(0, 1)
+                    dq_acc += ds.sum(1).unsqueeze(-1) * means
+                if options.quantize:
+                    _psi_tiles_(p, g)
+                    _psi_tiles_(ds, g)
+                dv_acc[:, c0:c1].baddbmm_(p, do_rows_block)
+                dk_acc[:, c0:c1].baddbmm_(ds, rows_block)
+                dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
+            b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
+            dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(
+                b_count, h_count, g, r1 - r0, d
+            )
+        b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
+        dk[bs, hs] = dk_acc.mul_(scale)[:, : shape.k_tokens].view(b_count, h_count, -1, d)
+        dv[bs, hs] = dv_acc[:, : shape.k_tokens].view(b_count, h_count, -1, d)
+    return dq, dk, dv
+
+
+def _psi_tiles_(x: Tensor, groups: int) -> None:
+    """INT8 in place for x^T (n, keys, groups * rows), one scale for each 64 keys by 128 rows of one head."""
+    n, c, width = x.shape
+    rows = width // groups
+    block = Q_BLOCK if rows % Q_BLOCK == 0 else rows
+    tiles = x.view(n, c // K_BLOCK, K_BLOCK, groups, rows // block, block)
+    scale = tiles.abs().amax((2, 5), keepdim=True).div_(INT8_MAX)
+    tiles.div_(torch.where(scale == 0, torch.ones_like(scale), scale)).round_().mul_(scale)
