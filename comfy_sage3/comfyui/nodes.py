@@ -1,0 +1,182 @@
+"""The nodes: Sage3 Attention, Sage3 Report, Sage3 Demo Prompt."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..demo.prompts import embed, parse
+from ..errors import InputError
+from ..precision import Precision, PrecisionPlan
+from . import status
+from .override import Hook, hooks_of, install
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "demo" / "weights"
+EXAMPLE = "a large red circle moving left quickly on a black background"
+
+
+def register_weights() -> None:
+    """Let the stock UNETLoader and VAELoader list the bundled weights."""
+    import folder_paths
+
+    for kind in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(kind, str(WEIGHTS))
+
+
+def _advanced(make: Any, *args: Any, **options: Any) -> Any:
+    """An input folded away by default where this ComfyUI knows how to (newer than 0.3.64)."""
+    if "advanced" in inspect.signature(make).parameters:
+        options["advanced"] = True
+    return make(*args, **options)
+
+
+class Sage3Attention(io.ComfyNode):
+    """Patch a model's attention; what happened is shown on the node after sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Sage3Attention",
+            display_name="Sage3 Attention",
+            category="sage3",
+            description=(
+                "Run this model's attention in 4 or 8 bits where the GPU has a kernel for it, and leave every other "
+                "call to the attention ComfyUI would have used. After sampling the node says what happened and why."
+            ),
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input(
+                    "precision",
+                    options=[p.value for p in Precision],
+                    default=Precision.AUTO.value,
+                    tooltip="auto: the fastest kernel this device has. fp4: SageAttention3 (Blackwell). "
+                    "int8: 8-bit. exact: leave the model as it is.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule to begin. Early steps decide the composition.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule to stop. Late steps decide the detail.",
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=1024,
+                    min=0,
+                    max=1_000_000,
+                    step=1,
+                    tooltip="Calls with fewer query or key tokens stay exact: they are too short to gain, "
+                    "and text cross-attention is among them.",
+                ),
+                _advanced(
+                    io.Boolean.Input,
+                    "emulate",
+                    default=False,
+                    tooltip="Run the 4-bit method in plain PyTorch where no kernel exists: real quality, no speed.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, start_percent: float | None = None, end_percent: float | None = None
+    ) -> bool | str:
+        # a linked value is None here; execute checks it
+        if start_percent is not None and end_percent is not None and start_percent > end_percent:
+            return f"start_percent is {start_percent}, after end_percent {end_percent}: give a start before the end."
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        precision: str,
+        start_percent: float,
+        end_percent: float,
+        min_tokens: int,
+        emulate: bool,
+    ) -> io.NodeOutput:
+        plan = PrecisionPlan(Precision.parse(precision), start_percent, end_percent, min_tokens)
+        hook = Hook(plan, emulate=emulate, node_id=cls.hidden.unique_id)
+        return io.NodeOutput(install(model, hook, status.publish, status.current_prompt))
+
+
+class Sage3Report(io.ComfyNode):
+    """The outcome as an output of the workflow: a headless run finds it in /history."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Sage3Report",
+            display_name="Sage3 Report",
+            category="sage3",
+            description=(
+                "Says what Sage3 Attention did for this model: calls accelerated, calls that fell back, and why. "
+                "Put it after the sampler: the model is the one that was sampled, the latent is the result."
+            ),
+            inputs=[
+                io.Model.Input("model"),
+                io.Latent.Input(
+                    "latent", tooltip="Connect the sampler's result: the report is made after it."
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_out", display_name="model"),
+                io.Latent.Output("latent_out", display_name="latent"),
+                io.String.Output("report", display_name="report"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, latent: dict[str, Any]) -> io.NodeOutput:
+        hooks = hooks_of(model)
+        message = "\n".join(status.text(h) for h in hooks)
+        if not hooks:
+            message = "This model did not go through a Sage3 Attention node: attention is ComfyUI's own."
+        return io.NodeOutput(model, latent, message, ui=ui.PreviewText(message))
+
+
+class Sage3DemoPrompt(io.ComfyNode):
+    """Words to conditioning for the bundled model, which has no text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Sage3DemoPrompt",
+            display_name="Sage3 Demo Prompt",
+            category="sage3",
+            description=(
+                "A prompt for the bundled demo model, such as "
+                f"'{EXAMPLE}'. Leave it empty for the negative prompt."
+            ),
+            inputs=[io.String.Input("text", multiline=True, default=EXAMPLE)],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None) -> bool | str:
+        if text is not None:  # None: the text comes from another node, and execute checks it
+            try:
+                parse(text)
+            except InputError as error:
+                return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        return io.NodeOutput([[embed(text).unsqueeze(0), {}]])

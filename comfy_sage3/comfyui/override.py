@@ -1,0 +1,187 @@
+"""The attention hook: serve what the door can serve better, leave every other call to ComfyUI's own attention.
+
+Installed on a clone of the model as ``transformer_options["optimized_attention_override"]``. The override is a plain
+function, not an object: ComfyUI 0.3.x deep-copies the model's options, and a function is copied as itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import attention
+from ..dispatch import Call, decide
+from ..errors import InputError
+from ..precision import Precision, PrecisionPlan
+from ..report import Report
+from .call import HookCall, NotServed
+
+KEY = "sage3"  # names our wrappers and our attachment on the model
+SLOT = "optimized_attention_override"
+log = logging.getLogger("comfy_sage3")
+
+
+class Hook:
+    """What one Sage3 Attention node wishes for, and what became of the calls of the latest run."""
+
+    def __init__(self, plan: PrecisionPlan, *, emulate: bool = False, node_id: str | None = None) -> None:
+        self.plan = plan
+        self.emulate = emulate
+        self.node_id = node_id
+        self.report = Report()
+        self.prompt_id: str | None = None  # the queued prompt that the report belongs to
+        self.inside_window = True  # of the current step; True while no step has been seen
+        self._sampling: Any = None
+        self._window = (float("inf"), 0.0)
+        self._warned: set[str] = set()
+
+    def begin(self, prompt_id: str | None) -> None:
+        """Start counting anew, unless this is another sampler of the same queued prompt."""
+        if prompt_id is None or prompt_id != self.prompt_id:
+            self.report.reset()
+        self.prompt_id = prompt_id
+        self.inside_window = True
+
+    def enter_step(self, model_sampling: Any, sigma: Tensor) -> None:
+        """Decide once for a whole forward pass whether the step at ``sigma`` lies in the window."""
+        if (self.plan.start, self.plan.end) == (0.0, 1.0):
+            return  # reading sigma would wait for the GPU, for nothing
+        if self._sampling is not model_sampling:
+            to_sigma = model_sampling.percent_to_sigma
+            self._window = (float(to_sigma(self.plan.start)), float(to_sigma(self.plan.end)))
+            self._sampling = model_sampling
+        self.inside_window = self._window[1] <= float(sigma.flatten()[0]) <= self._window[0]
+
+    def wish(self, q_tokens: int, k_tokens: int) -> tuple[Precision, str]:
+        """The precision for one call and, when the node itself wants it exact, why."""
+        if not self.inside_window:
+            return Precision.EXACT, f"step outside the window {self.plan.start:.0%} to {self.plan.end:.0%}"
+        return self.plan.choose(None, q_tokens, k_tokens)
+
+    def leave(self, reason: str) -> None:
+        """Count a call that the node would have served and did not."""
+        self.report.record(self.plan.precision.value, "exact", reason, True)
+
+    def warn_once(self, text: str) -> None:
+        """Log ``text`` the first time it comes up."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("Sage3 Attention: %s", text)
+
+
+def make_override(hook: Hook, previous: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+    """The function for ComfyUI's override slot. ``previous`` is an earlier override, which then serves what we do not."""
+
+    def sage3_attention_override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        def comfy() -> Tensor:  # the attention this call would have had; arguments go on exactly as they came
+            return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+
+        if hook.plan.precision is Precision.EXACT:
+            hook.report.record("exact", "exact", "exact attention was asked for", False)
+            return comfy()
+        try:
+            call = HookCall.read(*args, **kwargs)
+        except (
+            NotServed,
+            TypeError,
+            AttributeError,
+        ) as error:  # the latter two: called in a way we do not know
+            hook.leave(str(error))
+            return comfy()
+
+        wish, reason = hook.wish(call.q_shape[2], call.k_shape[2])
+        if wish is Precision.EXACT:
+            hook.report.record("exact", "exact", reason, False)
+            return comfy()
+        decision = decide(_describe(call), wish.value, emulate=hook.emulate)
+        if decision.kernel == "exact":  # then the user's own backend serves it, not ours
+            hook.report.record(wish.value, "exact", decision.reason, decision.fell_back)
+            return comfy()
+
+        served = Report()  # kept apart until the kernel has returned, so that a failed call is counted once
+        try:
+            out = attention(
+                call.q,
+                call.k,
+                call.v,
+                mask=call.mask,
+                scale=call.scale,
+                enable_gqa=call.q_shape[1] != call.k_shape[1],
+                layout=call.layout,
+                precision=wish.value,
+                emulate=hook.emulate,
+                report=served,
+            )
+        except InputError as error:
+            if not _all_finite(call):
+                raise  # no other kernel can mend NaN: tell the user where it came up
+            hook.leave(str(error))
+        except Exception as error:  # a kernel must never cost the user the video
+            reason = f"{decision.kernel} failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            hook.warn_once(reason)
+            hook.leave(reason)
+        else:
+            for line in served.lines():
+                hook.report.record(**line)
+            return call.result(out)
+        return comfy()
+
+    return sage3_attention_override
+
+
+def install(
+    model: Any, hook: Hook, on_done: Callable[[Hook], None], prompt_id: Callable[[], str | None]
+) -> Any:
+    """A clone of ``model`` whose attention goes through ``hook``; the model itself is left alone.
+
+    ``on_done`` is called after each sampling, also one that fails; ``prompt_id`` names the prompt being executed.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    model = model.clone()
+    options = model.model_options["transformer_options"]
+    options[SLOT] = make_override(hook, options.get(SLOT))
+
+    def around_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        hook.begin(prompt_id())
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            on_done(hook)
+
+    def around_step(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        hook.enter_step(executor.class_obj.model_sampling, t)
+        return executor(x, t, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_sampling)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, around_step)
+    model.set_attachments(KEY, (*hooks_of(model), hook))
+    return model
+
+
+def hooks_of(model: Any) -> tuple[Hook, ...]:
+    """The hooks of the Sage3 Attention nodes that ``model`` went through, first to last."""
+    return model.get_attachment(KEY) or ()
+
+
+def _describe(call: HookCall) -> Call:
+    device = call.q.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Call(
+        q_shape=call.q_shape,
+        k_shape=call.k_shape,
+        dtype=call.q.dtype,
+        device_type=device.type,
+        capability=capability,
+        has_mask=call.mask is not None,
+        is_causal=False,
+        needs_grad=call.needs_grad,
+    )
+
+
+def _all_finite(call: HookCall) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in (call.q, call.k, call.v))
