@@ -1,4 +1,4 @@
-"""Low-bit attention for video models: one door (``attention``), a decision with a reason, and a report of what ran.
+"""Low-bit attention for video models: one door (``attention``), a decision with a reason, a report.
 
     from comfy_sage3 import attention
     out = attention(q, k, v, precision="fp4")   # (batch, heads, tokens, head_dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,42 @@ from .precision import Precision
 from .report import Report, note_of, process_report
 
 _LOW_BIT = {"fp4-emulated": ops.fp4_attention, "int8-emulated": ops.int8_attention}
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "HND",
+    precision: str | Precision = "auto",
+    return_lse: Literal[False] = False,
+    emulate: bool = False,
+    report: Report | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "HND",
+    precision: str | Precision = "auto",
+    return_lse: Literal[True],
+    emulate: bool = False,
+    report: Report | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -40,8 +78,8 @@ def attention(
         is_causal: query i attends keys 0..i (top-left aligned, as in PyTorch); joins ``mask``.
         scale: of the scores; None means D ** -0.5.
         enable_gqa: let q have a multiple of the heads of k and v.
-        precision: "fp4", "int8", "exact" or "auto" (the fastest kernel of this device, never emulated). A call
-            that cannot be served falls back fp4 -> int8 -> exact; the report says why.
+        precision: "fp4", "int8", "exact" or "auto" (the fastest kernel of this device, never emulated). A
+            call that cannot be served falls back fp4 -> int8 -> exact; the report says why.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
@@ -77,10 +115,12 @@ def attention(
         v_head_dim=v.shape[3],
     )
     decision = decide(call, wished, emulate=emulate)
-    out, lse = _run(decision, wished, q, k, v, mask, call.is_causal, scale, return_lse, report or process_report)
+    if report is None:
+        report = process_report
+    out, lse = _run(decision, wished, q, k, v, mask, call.is_causal, scale, return_lse, report)
     if token_major:
         out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def _run(

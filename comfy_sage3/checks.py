@@ -21,11 +21,11 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
         if tensor.layout != torch.strided:
-            raise InputError(f"{name} is stored as {tensor.layout}: give a dense tensor, for example {name}.to_dense().")
+            raise InputError(f"{name} is stored as {tensor.layout}: give a dense tensor ({name}.to_dense()).")
         if tensor.dim() != 4:
             raise InputError(
-                f"{name} has {tensor.dim()} dimensions: give 4, (batch, heads, tokens, head_dim) for layout 'HND' "
-                "or (batch, tokens, heads, head_dim) for 'NHD'."
+                f"{name} has {tensor.dim()} dimensions: give 4, (batch, heads, tokens, head_dim) for layout "
+                "'HND' or (batch, tokens, heads, head_dim) for 'NHD'."
             )
         if tensor.dtype not in ALL_DTYPES:
             raise InputError(f"{name} is {tensor.dtype}: convert it to float16, bfloat16 or float32.")
@@ -38,10 +38,10 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             raise InputError(f"mask is on {mask.device} and q on {q.device}: move them to one device.")
         if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
             raise InputError(
-                f"mask is {mask.dtype}: give bool (True = attend) or a floating mask that is added to the scores."
+                f"mask is {mask.dtype}: give bool (True = attend) or a floating mask to add to the scores."
             )
         if mask.requires_grad and torch.is_grad_enabled():
-            raise InputError("mask requires grad, which attention does not compute for masks: pass mask.detach().")
+            raise InputError("mask requires grad, but masks get no gradient here: pass mask.detach().")
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,25 +60,27 @@ def shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         if tensor.dtype != q.dtype:
             raise InputError(f"{name} is {tensor.dtype} and q is {q.dtype}: convert them to one dtype.")
         if tensor.shape[0] != q.shape[0]:
-            raise InputError(f"{name} has batch {tensor.shape[0]} and q has {q.shape[0]}: they must be equal.")
+            raise InputError(f"{name} has batch {tensor.shape[0]} and q {q.shape[0]}: make them equal.")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise InputError(
             f"k has {k.shape[1]} heads of {k.shape[2]} tokens and v has {v.shape[1]} of {v.shape[2]}: "
-            "they must be equal (is the layout right?)."
+            "make them equal (is the layout right?)."
         )
     if q.shape[3] != k.shape[3]:
-        raise InputError(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal.")
+        raise InputError(f"k has head_dim {k.shape[3]} and q {q.shape[3]}: make them equal.")
     if q.shape[3] == 0 or v.shape[3] == 0:
         raise InputError("head_dim is 0: give at least 1.")
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads:
         if not enable_gqa:
             raise InputError(
-                f"q has {heads} heads and k and v have {kv_heads}: pass enable_gqa=True for grouped-query attention "
-                "(or check the layout)."
+                f"q has {heads} heads and k and v have {kv_heads}: pass enable_gqa=True for grouped-query "
+                "attention (or check the layout)."
             )
         if kv_heads == 0 or heads % kv_heads:
-            raise InputError(f"q has {heads} heads, not a multiple of the {kv_heads} of k and v, as GQA needs.")
+            raise InputError(
+                f"q has {heads} heads and k and v have {kv_heads}: grouped-query attention needs a multiple."
+            )
 
 
 def attention_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -87,9 +89,10 @@ def attention_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     shape = tuple(mask.shape)
-    if len(shape) > 4 or any(m != 1 and m != n for m, n in zip(reversed(shape), reversed(full), strict=False)):
+    fits = len(shape) <= 4 and all(m in (1, n) for m, n in zip(shape[::-1], full[::-1], strict=False))
+    if not fits:
         raise InputError(
-            f"mask has shape {shape}, which does not broadcast to (batch, heads, q tokens, k tokens) = {full}."
+            f"mask has shape {shape}: it must broadcast to (batch, heads, q tokens, k tokens) = {full}."
         )
     for _ in range(4 - len(shape)):
         mask = mask.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""The decision: which kernel serves a call, and why. Pure data in, pure data out; no device is asked anything here.
+"""The decision: which kernel serves a call, and why. Pure data in, pure data out; no device is asked.
 
 A wish is tried from the lowest precision up: fp4 -> int8 -> exact. The reason is one short sentence that a
 person reads in the report, so it always says what was missing and what there was instead.
@@ -92,10 +92,11 @@ def decide(
             how = EMULATED if found.emulated else f"runs on {_device(call, bare=True)}"
             if missing and wished != "auto":
                 return Decision(found.name, f"{_sentence(missing)}; {step} instead, {how}", True)
-            return Decision(found.name, f"{'the fastest here' if wished == 'auto' else 'asked for'}, {how}", False)
+            choice = "the fastest here" if wished == "auto" else "asked for"
+            return Decision(found.name, f"{choice}, {how}", False)
         missing.append((step, found))
     reason = _sentence(missing)
-    if wished == "auto":  # auto promises nothing, so exact is no fallback, but the reason is still worth reading
+    if wished == "auto":  # auto promises nothing, so exact is no fallback, but the reason is worth reading
         return Decision(EXACT.name, f"auto found no low-bit kernel: {reason}", False)
     return Decision(EXACT.name, reason, True)
 

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 
 class ReportLine(TypedDict):
-    """One row of a report: ``calls`` calls that asked for ``wished`` ran on ``kernel`` because of ``reason``."""
+    """One row: ``calls`` calls that asked for ``wished`` ran on ``kernel`` because of ``reason``."""
 
     wished: str
     kernel: str

@@ -1,1 +1,1 @@
-"""What can run a call: the table of kernels (``devices``), exact attention (``exact``), and the torch ops (``ops``)."""
+"""What can run a call: the table of kernels (``devices``), exact attention, the torch ops."""

@@ -1,4 +1,4 @@
-"""Which kernels exist and what each needs, as plain data: ``dispatch`` reads this table, nothing else decides.
+"""Which kernels exist and what each needs, as plain data: ``dispatch`` reads it, nothing else decides.
 
 A CUDA kernel joins by adding a row; the first row of a precision that can serve a call is the one that runs.
 """
@@ -66,10 +66,13 @@ def capability_of(device: torch.device) -> Capability | None:
     """The compute capability of an NVIDIA GPU, None for anything else (a ROCm build also says "cuda")."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    index = device.index
-    return _capability(torch.cuda.current_device() if index is None else index)
+    return _capability(device.index or 0)
 
 
-@torch.compiler.assume_constant_result
 def _capability(index: int) -> Capability:
     return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result does, without the import of all of torch._dynamo that it costs
+# (seconds): a compiled graph asks for the capability once, while it is traced.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]

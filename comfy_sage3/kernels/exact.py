@@ -15,7 +15,9 @@ from .. import reference
 SCORES_AT_ONCE = 1 << 24  # the backward holds this many scores at a time, so that memory stays O(N * D)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
     """``F.scaled_dot_product_attention`` -> (B, H, Lq, Dv); rows that may attend nothing give 0."""
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         group = q.shape[1] // max(k.shape[1], 1)

@@ -1,12 +1,13 @@
-"""Attention as torch ops, so that ``torch.compile`` and autograd see one opaque call with known shapes and strides.
+"""Attention as torch ops: ``torch.compile`` and autograd see one opaque call with known shapes and strides.
 
-Every op takes HND tensors of any strides and returns fresh contiguous ones. ``note`` names the report in which
-to count the call when it really runs ("" counts nothing). fp4 has no gradient: backward through it raises.
+Every op takes HND tensors of any strides and returns fresh contiguous ones. ``note`` names the report in
+which to count the call when it really runs ("" counts nothing). fp4 has no gradient: its backward raises.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,10 @@ def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inf
     for name, tensor in (("q", q), ("k", k), ("v", v), ("mask", mask)):
         if tensor is None or tensor.dtype == torch.bool or tensor.numel() == 0:
             continue
-        low, high = torch.aminmax(tensor.detach())
-        if bool(low.isnan()) or bool(high.isnan()):
+        low, high = (x.item() for x in torch.aminmax(tensor.detach()))  # NaN if any value is
+        if math.isnan(low):
             found = "NaN"
-        elif infinite and name != "mask" and bool(torch.isinf(low) | torch.isinf(high)):
+        elif infinite and name != "mask" and (math.isinf(low) or math.isinf(high)):
             found = "infinity"
         else:
             continue
@@ -63,7 +64,7 @@ def exact_attention(
     return_lse: bool = False,
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention -> (out (B, H, Lq, Dv), lse float32 (B, H, Lq), or of 0 elements when not asked for)."""
+    """Exact attention -> (out (B, H, Lq, Dv), lse float32 (B, H, Lq), or 0 elements when not asked for)."""
     if q.device.type == "cpu":
         refuse_bad_numbers(q, k, v, mask, infinite=False)
     if return_lse:
