@@ -69,7 +69,7 @@ def int8_attention_backward(
     do_block, do_dp = by_kv_head(do_block, shape), by_kv_head(do_dp, shape)
     lse32, delta = (x.unflatten(1, (shape.kv_heads, shape.groups)) for x in (finite(lse32), delta))
 
-    plan = Plan.for_device(q.device, shape, cpu_rows=Q_BLOCK)
+    plan = Plan.for_device(q.device, shape)
     d, g = shape.head_dim, shape.groups
     for bs, hs in pair_ranges(shape, plan.pairs):
         keys, keys_block, values = (x[bs, hs].flatten(0, 1) for x in (k_scores, k_block, v_dp))

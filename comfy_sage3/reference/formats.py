@@ -199,8 +199,7 @@ def _split(x: Tensor, dim: int, block_format: BlockFormat) -> tuple[Tensor, int]
 
 def _divide(blocks: Tensor, scale: Tensor) -> Tensor:
     """round_e2m1(blocks / scale), 0 in blocks whose scale is 0; sign of zero not kept."""
-    y = torch.where(scale == 0, torch.zeros_like(scale), blocks / scale)
-    y = y.clamp_(-E2M1_MAX, E2M1_MAX).contiguous()
+    y = (blocks / scale.masked_fill(scale == 0, torch.inf)).clamp_(-E2M1_MAX, E2M1_MAX).contiguous()
     return round_float_(y, torch.empty_like(y), mantissa_bits=1, min_exponent=0)
 
 

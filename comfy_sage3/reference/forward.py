@@ -264,19 +264,16 @@ def _weigh_fp4(options: Fp4Options) -> WeightRule:
     reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
 
     def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
-        """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach.
-
-        The division is folded into the exponent: exp(S - (ref - log reach + log s)).
-        """
+        """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach."""
         reference, factor, new = references(
             block_max, maximum, options.kv_tile // block, options.p_reference == "tile"
         )
-        scale = block_scales(torch.exp(block_max - reference) * reach, options.block_format)
-        shift = torch.where(scale == 0, torch.inf, reference + torch.log(scale / reach))
+        scale = block_scales(torch.exp(block_max - reference).mul_(reach), options.block_format).div_(reach)
+        divisor = scale.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
         blocks = scores.unflatten(1, (-1, block))
-        blocks.sub_(shift.unsqueeze(2)).exp_().clamp_(max=E2M1_MAX)
+        blocks.sub_(reference.unsqueeze(2)).exp_().div_(divisor.unsqueeze(2)).clamp_(max=E2M1_MAX)
         round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=1, min_exponent=0)
-        blocks.mul_((scale * factor / reach).unsqueeze(2))
+        blocks.mul_(factor.mul_(scale).unsqueeze(2))
         return new
 
     return weigh

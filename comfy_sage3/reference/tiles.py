@@ -97,13 +97,13 @@ class Plan:
     pairs: int
 
     @classmethod
-    def for_device(cls, device: torch.device, shape: Shape, cpu_rows: int = 64) -> Plan:
-        """On a CPU 64 x 1024 scores a core stay in its L2 cache; a GPU wants few, large launches."""
+    def for_device(cls, device: torch.device, shape: Shape) -> Plan:
+        """On a CPU 128 x 512 scores a core stay in its L2 cache; a GPU wants few, large launches."""
         if device.type == "cpu":
-            rows, keys, budget = cpu_rows, 64 * 1024 // cpu_rows, 128 * 1024
+            rows, keys, budget = 128, 512, 128 * 1024
         else:
             rows, keys, budget = 1024, 4096, 64 * 1024 * 1024
-        rows = min(rows, -(-max(shape.q_tokens, 1) // cpu_rows) * cpu_rows)
+        rows = min(rows, -(-max(shape.q_tokens, 1) // 128) * 128)
         keys = min(keys, -(-max(shape.k_tokens, 1) // 128) * 128)
         return cls(rows, keys, max(1, budget // (rows * keys * shape.groups)))
 
@@ -185,7 +185,7 @@ def references(block_max: Tensor, maximum: Tensor, per_tile: int, own_tile: bool
 
 def finite(maximum: Tensor) -> Tensor:
     """``maximum`` with 0 for -inf (a row that has seen no key), so that subtracting it makes no NaN."""
-    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
 def attend(
@@ -222,6 +222,7 @@ def attend(
     b, h, g, d = shape.batch, shape.kv_heads, shape.groups, shape.head_dim
     out = torch.zeros(b, h, g, shape.q_tokens, d, dtype=out_dtype, device=v.device)
     lse = torch.full((b, h, g, shape.q_tokens), -torch.inf, dtype=v.dtype, device=v.device)
+    sums = torch.zeros_like(lse)
     if out.numel() == 0 or shape.k_tokens == 0:
         return out.flatten(1, 2), lse.flatten(1, 2)
     padded = k_t.shape[-1]
@@ -252,24 +253,20 @@ def attend(
                 total.mul_(rescale).add_(scores.sum(1, keepdim=True))
                 acc.mul_(rescale).baddbmm_(values[:, c0:c1].transpose(1, 2), scores)
                 maximum = new
-            nothing = total == 0
-            acc.div_(torch.where(nothing, torch.ones_like(total), total))
-            lse_piece = torch.where(nothing, -torch.inf, maximum + torch.log(total))
+            acc.div_(total.masked_fill(total == 0, 1.0))
             shape_out = (bs.stop - bs.start, hs.stop - hs.start, d, g, r1 - r0)
             out[bs, hs, :, r0:r1] = acc.view(shape_out).permute(0, 1, 3, 4, 2)
-            lse[bs, hs, :, r0:r1] = lse_piece.view(shape_out[0], shape_out[1], g, r1 - r0)
+            lse[bs, hs, :, r0:r1] = maximum.view(shape_out[0], shape_out[1], g, r1 - r0)
+            sums[bs, hs, :, r0:r1] = total.view(shape_out[0], shape_out[1], g, r1 - r0)
+    lse += torch.log(sums)
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _add_means_(grid: Tensor, means_t: Tensor, smooth_t: Tensor, r0: int, r1: int) -> None:
     """Add means . K^T to S^T (n, c, G, r): one number for each key and block of 128 rows."""
     n, c, g, r = grid.shape
-    d = smooth_t.shape[1]
     if means_t.shape[-1] > 1:
         means_t = means_t[..., r0 // 128 : -(-r1 // 128)]
     blocks = means_t.shape[-1]
-    correction = torch.bmm(smooth_t.transpose(1, 2), means_t.transpose(1, 2).reshape(n, d, g * blocks))
-    if blocks == 1:
-        grid += correction.view(n, c, g, 1)
-    else:
-        grid.view(n, c, g, blocks, r // blocks).add_(correction.view(n, c, g, blocks, 1))
+    correction = torch.bmm(means_t.transpose(2, 3).flatten(1, 2), smooth_t).transpose(1, 2)  # (n, c, G * blocks)
+    grid.view(n, c, g, blocks, r // blocks).add_(correction.unflatten(2, (g, blocks)).unsqueeze(-1))
