@@ -1,7 +1,7 @@
 """One call of ComfyUI's attention hook, read into the shape the door takes.
 
-The contract is that of ``wrap_attn`` in ComfyUI's comfy/ldm/modules/attention.py: q, k, v, heads and mask come by
-position or by keyword, tensors are flat (B, L, H*D) or split (B, H, L, D), and the result has either form.
+The contract is that of ``wrap_attn`` in ComfyUI's comfy/ldm/modules/attention.py: q, k, v, heads and mask
+come by position or by keyword, tensors are flat (B, L, H*D) or split (B, H, L, D), as is the result.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a call may carry besides the named arguments of HookCall.read. Anything else could change the result in a
-# way this code does not know, so such a call is left to ComfyUI.
+# What a call may carry besides the named arguments of HookCall.read. Anything else could change the result
+# in a way this code does not know, so such a call is left to ComfyUI.
 KNOWN_EXTRAS = frozenset(
     ("transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa", "low_precision_attention")
 )
@@ -90,6 +90,10 @@ class HookCall:
         """Whether this call will be differentiated."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v))
 
+    def all_finite(self) -> bool:
+        """Whether q, k and v are free of NaN and infinity; waits for the device."""
+        return all(bool(torch.isfinite(t).all()) for t in (self.q, self.k, self.v))
+
     def result(self, out: Tensor) -> Tensor:
         """``out``, in this call's layout, in the form the caller asked for."""
         if self.split_output:
@@ -124,7 +128,7 @@ def _split_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, T
 
 
 def _with_mask(call: HookCall, mask: Tensor) -> HookCall:
-    """ComfyUI's masks lack leading dimensions: (Lq, Lk), (B, Lq, Lk) and (B, H, Lq, Lk), each broadcastable."""
+    """ComfyUI's masks may lack leading dimensions: (Lq, Lk), (B, Lq, Lk) or (B, H, Lq, Lk), broadcastable."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise NotServed(f"the mask is {mask.dtype}, neither bool nor float")
     if mask.ndim == 2:
@@ -133,6 +137,6 @@ def _with_mask(call: HookCall, mask: Tensor) -> HookCall:
         mask = mask[:, None]
     b, h, lq, _ = call.q_shape
     want = (b, h, lq, call.k_shape[2])
-    if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, want)):
+    if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, want, strict=True)):
         raise NotServed(f"the mask's shape {tuple(mask.shape)} does not broadcast to {want}")
     return HookCall(call.q, call.k, call.v, call.layout, mask, call.scale, call.split_output)

@@ -43,8 +43,9 @@ class Sage3Attention(io.ComfyNode):
             display_name="Sage3 Attention",
             category="sage3",
             description=(
-                "Run this model's attention in 4 or 8 bits where the GPU has a kernel for it, and leave every other "
-                "call to the attention ComfyUI would have used. After sampling the node says what happened and why."
+                "Run this model's attention in 4 or 8 bits where the GPU has a kernel for it, and leave "
+                "every other call to the attention ComfyUI would have used. After sampling the node says "
+                "what happened and why."
             ),
             inputs=[
                 io.Model.Input("model"),
@@ -84,7 +85,8 @@ class Sage3Attention(io.ComfyNode):
                     io.Boolean.Input,
                     "emulate",
                     default=False,
-                    tooltip="Run the 4-bit method in plain PyTorch where no kernel exists: real quality, no speed.",
+                    tooltip="Run the chosen method in plain PyTorch where no kernel exists: "
+                    "real quality, no speed.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -97,7 +99,7 @@ class Sage3Attention(io.ComfyNode):
     ) -> bool | str:
         # a linked value is None here; execute checks it
         if start_percent is not None and end_percent is not None and start_percent > end_percent:
-            return f"start_percent is {start_percent}, after end_percent {end_percent}: give a start before the end."
+            return f"start_percent {start_percent} lies after end_percent {end_percent}: swap them."
         return True
 
     @classmethod
@@ -125,8 +127,8 @@ class Sage3Report(io.ComfyNode):
             display_name="Sage3 Report",
             category="sage3",
             description=(
-                "Says what Sage3 Attention did for this model: calls accelerated, calls that fell back, and why. "
-                "Put it after the sampler: the model is the one that was sampled, the latent is the result."
+                "Says what Sage3 Attention did for this model: calls accelerated, calls that fell back, and "
+                "why. Put it after the sampler: the model is the one that was sampled, the latent the result."
             ),
             inputs=[
                 io.Model.Input("model"),

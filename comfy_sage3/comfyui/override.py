@@ -1,7 +1,7 @@
-"""The attention hook: serve what the door can serve better, leave every other call to ComfyUI's own attention.
+"""The attention hook: serve what the door can serve, leave every other call to ComfyUI's own attention.
 
-Installed on a clone of the model as ``transformer_options["optimized_attention_override"]``. The override is a plain
-function, not an object: ComfyUI 0.3.x deep-copies the model's options, and a function is copied as itself.
+Installed on a clone of the model as ``transformer_options["optimized_attention_override"]``. The override is
+a plain function, not an object: ComfyUI 0.3.x deep-copies a model's options, and a function survives that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 from ..attention import attention
 from ..dispatch import Call, decide
 from ..errors import InputError
+from ..kernels.devices import capability_of
 from ..precision import Precision, PrecisionPlan
 from ..report import Report
 from .call import HookCall, NotServed
 
 KEY = "sage3"  # names our wrappers and our attachment on the model
 SLOT = "optimized_attention_override"
+Override = Callable[..., Tensor]  # (func, q, k, v, heads, ...): func is the attention the user chose
 log = logging.getLogger("comfy_sage3")
 
 
@@ -62,9 +64,10 @@ class Hook:
             return Precision.EXACT, f"step outside the window {self.plan.start:.0%} to {self.plan.end:.0%}"
         return self.plan.choose(None, q_tokens, k_tokens)
 
-    def leave(self, reason: str) -> None:
-        """Count a call that the node would have served and did not."""
-        self.report.record(self.plan.precision.value, "exact", reason, True)
+    def count(self, wished: str, reason: str, fell_back: bool) -> None:
+        """Count a call that is left to ComfyUI. Not while a graph is traced: that is not a call yet."""
+        if not torch.compiler.is_compiling():
+            self.report.record(wished, "exact", reason, fell_back)
 
     def warn_once(self, text: str) -> None:
         """Log ``text`` the first time it comes up."""
@@ -73,64 +76,75 @@ class Hook:
             log.warning("Sage3 Attention: %s", text)
 
 
-def make_override(hook: Hook, previous: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-    """The function for ComfyUI's override slot. ``previous`` is an earlier override, which then serves what we do not."""
+def make_override(hook: Hook, previous: Override | None = None) -> Override:
+    """The function for ComfyUI's override slot; ``previous``, an earlier override, serves what we do not."""
 
     def sage3_attention_override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        def comfy() -> Tensor:  # the attention this call would have had; arguments go on exactly as they came
-            return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
-
-        if hook.plan.precision is Precision.EXACT:
-            hook.report.record("exact", "exact", "exact attention was asked for", False)
-            return comfy()
-        try:
-            call = HookCall.read(*args, **kwargs)
-        except (
-            NotServed,
-            TypeError,
-            AttributeError,
-        ) as error:  # the latter two: called in a way we do not know
-            hook.leave(str(error))
-            return comfy()
-
-        wish, reason = hook.wish(call.q_shape[2], call.k_shape[2])
-        if wish is Precision.EXACT:
-            hook.report.record("exact", "exact", reason, False)
-            return comfy()
-        decision = decide(_describe(call), wish.value, emulate=hook.emulate)
-        if decision.kernel == "exact":  # then the user's own backend serves it, not ours
-            hook.report.record(wish.value, "exact", decision.reason, decision.fell_back)
-            return comfy()
-
-        served = Report()  # kept apart until the kernel has returned, so that a failed call is counted once
-        try:
-            out = attention(
-                call.q,
-                call.k,
-                call.v,
-                mask=call.mask,
-                scale=call.scale,
-                enable_gqa=call.q_shape[1] != call.k_shape[1],
-                layout=call.layout,
-                precision=wish.value,
-                emulate=hook.emulate,
-                report=served,
-            )
-        except InputError as error:
-            if not _all_finite(call):
-                raise  # no other kernel can mend NaN: tell the user where it came up
-            hook.leave(str(error))
-        except Exception as error:  # a kernel must never cost the user the video
-            reason = f"{decision.kernel} failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            hook.warn_once(reason)
-            hook.leave(reason)
-        else:
-            for line in served.lines():
-                hook.report.record(**line)
+        call, wish = _read(hook, args, kwargs)
+        out = None if call is None else _serve(hook, call, wish)
+        if call is not None and out is not None:
             return call.result(out)
-        return comfy()
+        # the attention this call would have had without us, with its arguments exactly as they came
+        return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
 
     return sage3_attention_override
+
+
+def _read(hook: Hook, args: Any, kwargs: Any) -> tuple[HookCall | None, Precision]:
+    """The call and its wished precision, or None for one that is to stay as it is, which is then counted."""
+    if hook.plan.precision is Precision.EXACT:
+        hook.count("exact", "exact attention was asked for", False)
+        return None, Precision.EXACT
+    try:
+        call = HookCall.read(*args, **kwargs)
+    except (NotServed, TypeError, AttributeError) as error:  # the latter two: called in a way we do not know
+        hook.count(hook.plan.precision.value, one_line(error), True)
+        return None, Precision.EXACT
+    wish, reason = hook.wish(call.q_shape[2], call.k_shape[2])
+    if wish is Precision.EXACT:
+        hook.count("exact", reason, False)
+        return None, wish
+    return call, wish
+
+
+def _serve(hook: Hook, call: HookCall, wish: Precision) -> Tensor | None:
+    """The result in the call's own layout, or None, counted, where ComfyUI's attention is to serve it."""
+    decision = decide(_describe(call), wish, emulate=hook.emulate)
+    if decision.kernel == "exact":  # then the user's own back end is as good as ours
+        hook.count(wish.value, decision.reason, decision.fell_back)
+        return None
+    # Counted apart until the kernel has returned, so that a failed call is counted once. A compiled graph
+    # counts inside its ops, at every run, so there it is the node's own report that it must know.
+    compiling = torch.compiler.is_compiling()
+    report = hook.report if compiling else Report()
+    try:
+        out = attention(
+            call.q,
+            call.k,
+            call.v,
+            mask=call.mask,
+            scale=call.scale,
+            enable_gqa=call.q_shape[1] != call.k_shape[1],
+            layout=call.layout,
+            precision=wish,
+            emulate=hook.emulate,
+            report=report,
+        )
+    except InputError as error:
+        if not call.all_finite():  # no other kernel can mend that, and a black video would not say why
+            raise InputError(f"Sage3 Attention: {error}") from error
+        hook.count(wish.value, one_line(error), True)
+        return None
+    except Exception as error:  # a kernel must never cost the user the video
+        reason = f"{decision.kernel} failed ({type(error).__name__}: {one_line(error)})"
+        hook.warn_once(reason)
+        hook.count(wish.value, reason, True)
+        return None
+    if not compiling:
+        for line in report.lines():
+            hook.report.record(**line)
+    assert isinstance(out, Tensor)  # a tuple only with return_lse
+    return out
 
 
 def install(
@@ -138,7 +152,7 @@ def install(
 ) -> Any:
     """A clone of ``model`` whose attention goes through ``hook``; the model itself is left alone.
 
-    ``on_done`` is called after each sampling, also one that fails; ``prompt_id`` names the prompt being executed.
+    ``on_done`` is called after each sampling, also one that fails; ``prompt_id`` names the running prompt.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -168,20 +182,19 @@ def hooks_of(model: Any) -> tuple[Hook, ...]:
     return model.get_attachment(KEY) or ()
 
 
+def one_line(error: Exception, limit: int = 200) -> str:
+    """The start of an error's message: a reason in a report is one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 4] + " ..."
+
+
 def _describe(call: HookCall) -> Call:
-    device = call.q.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return Call(
         q_shape=call.q_shape,
         k_shape=call.k_shape,
         dtype=call.q.dtype,
-        device_type=device.type,
-        capability=capability,
+        device_type=call.q.device.type,
+        capability=capability_of(call.q.device),
         has_mask=call.mask is not None,
-        is_causal=False,
         needs_grad=call.needs_grad,
     )
-
-
-def _all_finite(call: HookCall) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in (call.q, call.k, call.v))

@@ -34,7 +34,7 @@ class OutputFile:
 
 
 class ComfyClient:
-    """Talks to the server at ``url``, such as http://127.0.0.1:8188. Every failure is an EngineError of one sentence.
+    """Talks to the server at ``url``, such as http://127.0.0.1:8188; every failure is an EngineError.
 
     Use it as a context manager, or call ``close``, to give back the event connection.
     """
@@ -95,7 +95,8 @@ class ComfyClient:
     ) -> dict[str, Any]:
         """The history entry of ``prompt_id`` once it has finished.
 
-        Raises EngineError with the failing node's own message, or after ``timeout`` seconds (the prompt is then cancelled).
+        Raises EngineError with the failing node's own message, or after ``timeout`` seconds, when the prompt
+        is cancelled.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -142,7 +143,7 @@ class ComfyClient:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise EngineError(
-                f"The server would not give {file.filename} (HTTP {error.code}): look into its log."
+                f"The server did not give {file.filename} (HTTP {error.code}): look into its log."
             ) from None
 
     def _listen(self) -> WebSocket:
@@ -154,7 +155,7 @@ class ComfyClient:
         return self._events
 
     def _follow(self, prompt_id: str, on_progress: OnProgress | None, seconds: float) -> bool:
-        """Handle one event, or pass ``seconds``. True when more events may be waiting and the prompt is not done."""
+        """Handle one event, or pass ``seconds``. True when more may be waiting and the prompt is not done."""
         try:
             message = self._listen().read_text(seconds)
         except OSError:
@@ -246,7 +247,7 @@ def _files(entry: dict[str, Any]) -> Iterator[OutputFile]:
 
 
 def _one_line(text: str, limit: int = 300) -> str:
-    """Some messages run to hundreds of lines (a state dict that does not fit); the server's log has them whole."""
+    """Some messages run to hundreds of lines (a state dict that does not fit); the server's log has all."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 

@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
         set_input(workflow, change)
     out = prepare(args.out or Path("runs") / args.workflow.stem)
     with _client(args) as client:
-        stats = client.system_stats().get("system", {})
-        print(
-            f"ComfyUI {stats.get('comfyui_version', '?')}, torch {stats.get('pytorch_version', '?')} at {client.url}"
-        )
+        system = client.system_stats().get("system", {})
+        versions = [system.get(f"{name}_version", "?") for name in ("comfyui", "pytorch")]
+        print(f"ComfyUI {versions[0]} with torch {versions[1]} at {client.url}")
         started = time.monotonic()
         entry = execute(client, workflow, args.timeout)
         print(f"finished in {time.monotonic() - started:.1f} s")

@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import InputError
 
 Workflow = dict[str, dict[str, Any]]
-"""ComfyUI's API format: node id -> {"class_type": name, "inputs": {name: value or [node id, output index]}}."""
+"""ComfyUI's API format: node id -> {"class_type": name, "inputs": {name: value or [node id, output]}}."""
 
 
 def load_workflow(path: Path) -> Workflow:
-    """Read an API-format workflow. Raises InputError for a file that is missing, not JSON, or in another format."""
+    """Read an API-format workflow; InputError for a file that is missing, not JSON, or in another format."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def load_workflow(path: Path) -> Workflow:
 
 
 def set_input(workflow: Workflow, assignment: str) -> None:
-    """Apply ``NODE.INPUT=VALUE`` in place; VALUE is JSON or else plain text. Raises InputError for what is not there."""
+    """Apply ``NODE.INPUT=VALUE`` in place, VALUE being JSON or else text; InputError where it does not fit."""
     target, equals, text = assignment.partition("=")
     key, dot, name = target.partition(".")
     if not (equals and dot):

@@ -29,9 +29,10 @@ def serve(
 ) -> Iterator[ComfyClient]:
     """A client of a server started from the checkout ``comfyui`` with this pack as its only custom node.
 
-    The server's custom nodes, outputs and settings live in a temporary folder; its models and inputs are those of the
-    checkout. ``cpu`` None asks that Python's torch whether there is a GPU. Raises InputError for a path that is no
-    ComfyUI or a port in use, EngineError when the server does not come up. The server ends with the block.
+    The server's custom nodes, outputs and settings live in a temporary folder; its models and inputs are
+    those of the checkout. ``cpu`` None asks that Python's torch whether there is a GPU. Raises InputError for
+    a path that is no ComfyUI or a port in use, EngineError when the server does not come up. The server ends
+    with the block.
     """
     if not (comfyui / "main.py").is_file() or not (comfyui / "comfy").is_dir():
         raise InputError(
@@ -65,7 +66,7 @@ def serve(
 
 
 def find_python(comfyui: Path, python: Path | None = None) -> Path:
-    """The interpreter to run ComfyUI with: the one given, else the checkout's own environment, else this one."""
+    """The Python to run ComfyUI with: the one given, else the checkout's own environment's, else this one."""
     if python is not None:
         if shutil.which(python) is None:
             raise InputError(
@@ -164,7 +165,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the blocks that end the server run. Only the main thread may."""
+    """Turn SIGTERM into an exception, so that the blocks that end the server run (main thread only)."""
     try:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     except ValueError:
