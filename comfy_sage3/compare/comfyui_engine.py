@@ -1,0 +1,213 @@
+"""The ComfyUI engine: the bundled model on a running server, over HTTP and its event stream.
+
+Both sides are the same prompt graph; only the settings of the Sage3 Attention node differ. What the node did is read
+from Sage3 Report's output in the server's history. Tensors never leave the server, so the first two layers of quality
+are not available here.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..demo.load import TRANSFORMER_FILE, VAE_FILE
+from ..demo.prompts import parse
+from ..errors import EngineError
+from ..precision import Precision
+from ..report import ReportLine
+from ..workflow import ComfyClient
+from .engine import Generation, Inspection, OnStep, Request, Side
+
+Graph = dict[str, dict[str, Any]]
+ATTENTION, SAMPLER, REPORT, DECODE, FRAMES = "attention", "sampler", "report", "decode", "frames"
+NEEDED_NODES = ("Sage3Attention", "Sage3Report", "Sage3DemoPrompt", "ModelSamplingSD3", "EmptyHunyuanLatentVideo")
+REPORT_LINE = re.compile(r"^\s*(\d+) x (\S+): (.*)$")
+FRESH = 1e-6  # how much of the schedule's very end one run leaves out, so that the server does not answer from its cache
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of the server, with the moment it arrived here (seconds, monotonic)."""
+
+    at: float
+    node: str
+    value: float
+    maximum: float
+
+
+class ComfyUIEngine:
+    """The bundled model on the ComfyUI server at ``url``. Raises EngineError when it cannot be reached or lacks the pack."""
+
+    name = "comfyui"
+    floor_method = "two runs of the server's own exact attention: it does not offer a second exact kernel"
+
+    def __init__(self, url: str) -> None:
+        self._client = ComfyClient(url)
+        self._runs = 0
+        try:
+            self._stats = self._client.system_stats()
+        except BaseException:
+            self._client.close()
+            raise
+
+    def describe(self) -> dict[str, str]:
+        system = self._stats.get("system", {})
+        devices = self._stats.get("devices") or [{}]
+        return {
+            "engine": self.name,
+            "server": self._client.url,
+            "device": str(devices[0].get("name", "unknown")),
+            "model": "bundled Wan 2.1 (8.0 M parameters)",
+            "comfyui": str(system.get("comfyui_version", "unknown")),
+            "torch": str(system.get("pytorch_version", "unknown")),
+            "python": str(system.get("python_version", "unknown")).split(" ")[0],
+            "system": str(system.get("os", "unknown")),
+        }
+
+    def check(self, request: Request, sides: Sequence[Side]) -> None:
+        parse(request.prompt)
+        for node in NEEDED_NODES:
+            if node not in self._client.object_info(node):
+                raise EngineError(
+                    f"The ComfyUI server at {self._client.url} has no node {node}: put this pack into its custom_nodes "
+                    f"folder and restart it."
+                )
+
+    def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
+        self._run(self._fresh(request.for_warm_up(), side), on_step)
+
+    def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
+        graph = self._fresh(request, side)
+        entry, events = self._run(graph, on_step)
+        total, steps = sampling_times(events)
+        report = read_report(self._client.texts(entry).get(REPORT, ""), side)
+        return Generation(total, steps, report, handle=graph)
+
+    def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
+        return self.generate(request, Side("exact", Precision.EXACT), on_step)
+
+    def finish(self, generation: Generation) -> None:
+        if generation.video is not None:
+            return
+        graph: Graph = dict(generation.handle)
+        graph["vae"] = _node("VAELoader", vae_name=VAE_FILE)
+        graph[DECODE] = _node("VAEDecode", samples=[SAMPLER, 0], vae=["vae", 0])
+        graph[FRAMES] = _node("PreviewImage", images=[DECODE, 0])  # lossless PNG in the server's temporary folder
+        entry, events = self._run(graph, lambda done, steps: None)
+        files = [f for f in self._client.files(entry) if f.node == FRAMES]
+        if not files:
+            raise EngineError("The ComfyUI server saved no frames: look into its log.")
+        frames = [np.asarray(Image.open(io.BytesIO(self._client.download(f))).convert("RGB")) for f in files]
+        generation.video = np.stack(frames)
+        generation.decode_seconds = node_seconds(events, DECODE)
+        generation.handle = None
+
+    def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection | None:
+        return None
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _fresh(self, request: Request, side: Side) -> Graph:
+        """A graph no earlier run of ours asked for, that does the same."""
+        self._runs += 1
+        return prompt_graph(request, side, end_percent=1 - FRESH * self._runs)
+
+    def _run(self, graph: Graph, on_step: OnStep) -> tuple[dict[str, Any], list[Event]]:
+        """Run ``graph``; its history entry, and the events that came with it. Cancelled on the server if stopped here."""
+        events: list[Event] = []
+
+        def heard(node: str, value: float, maximum: float) -> None:
+            events.append(Event(time.monotonic(), node, value, maximum))
+            if node == SAMPLER and maximum:
+                on_step(round(value), round(maximum))
+
+        prompt_id = self._client.submit(graph)
+        try:
+            entry = self._client.wait(prompt_id, heard)
+        except BaseException:
+            self._client.cancel(prompt_id)
+            raise
+        return entry, [*events, Event(time.monotonic(), "", 0, 0)]
+
+
+def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Graph:
+    """The request in ComfyUI's API format, up to the report after the sampler."""
+    size = request.size
+    return {
+        "model": _node("UNETLoader", unet_name=TRANSFORMER_FILE, weight_dtype="default"),
+        "shift": _node("ModelSamplingSD3", model=["model", 0], shift=request.shift),
+        ATTENTION: _node(
+            "Sage3Attention",
+            model=["shift", 0],
+            precision=side.precision.value,
+            start_percent=0.0,
+            end_percent=end_percent,
+            min_tokens=0,
+            emulate=side.emulate,
+        ),
+        "positive": _node("Sage3DemoPrompt", text=request.prompt),
+        "negative": _node("Sage3DemoPrompt", text=""),
+        "latent": _node(
+            "EmptyHunyuanLatentVideo", width=size.width, height=size.height, length=size.frames, batch_size=1
+        ),
+        SAMPLER: _node(
+            "KSampler",
+            model=[ATTENTION, 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            seed=request.seed,
+            steps=request.steps,
+            cfg=request.cfg,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        REPORT: _node("Sage3Report", model=[ATTENTION, 0], latent=[SAMPLER, 0]),
+    }
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def sampling_times(events: Sequence[Event]) -> tuple[float, list[float]]:
+    """Seconds of the sampler node, and of each of its steps, from the moments its events arrived.
+
+    Raises EngineError when the sampler did not run (an answer from the cache) or its events were not heard.
+    """
+    total = node_seconds(events, SAMPLER)
+    if total is None:
+        raise EngineError("The ComfyUI server sent no events of its sampler, so it cannot be timed: check its /ws connection.")
+    moments = [e.at for e in events if e.node == SAMPLER]  # the first is its beginning
+    return total, [y - x for x, y in zip(moments, moments[1:], strict=False)]
+
+
+def node_seconds(events: Sequence[Event], node: str) -> float | None:
+    """From a node's first event to the first event of the next one; None when it was not heard of."""
+    start = next((i for i, e in enumerate(events) if e.node == node), None)
+    if start is None:
+        return None
+    end = next((e for e in events[start:] if e.node != node), events[-1])
+    return end.at - events[start].at
+
+
+def read_report(text: str, side: Side) -> list[ReportLine]:
+    """Sage3 Report's text as report lines; a kernel of another precision than the side's is a fallback."""
+    wished = side.precision.value
+    lines: list[ReportLine] = []
+    for line in text.splitlines():
+        found = REPORT_LINE.match(line)
+        if found:
+            calls, kernel, reason = found.groups()
+            other = side.precision is not Precision.AUTO and kernel.split("-")[0] != wished
+            lines.append({"wished": wished, "kernel": kernel, "reason": reason, "fell_back": other, "calls": int(calls)})
+    return lines

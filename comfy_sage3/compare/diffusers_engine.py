@@ -1,0 +1,301 @@
+"""The embedded engine: the bundled model in diffusers, its attention routed through this package's door.
+
+diffusers offers no public way to add an attention backend, so the name ``dispatch_attention_fn`` that Wan's attention
+processor looks up in its own module is replaced for as long as a run lasts, and put back whatever happens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..demo import load
+from ..demo.prompts import parse
+from ..demo.sample import decode, sample, velocity
+from ..errors import EngineError, InputError
+from ..metrics import attention_error
+from ..precision import Precision
+from ..report import Report
+from .capture import Attend, Captured, CapturedCall, Place, contestants, door, exact_second_way, replay, spread
+from .engine import Generation, Inspection, OnStep, Request, Side
+from .stopwatch import Stopwatch
+
+WAN_MODULE = "diffusers.models.transformers.transformer_wan"
+HOOK = "dispatch_attention_fn"
+EXACT = Side("exact", Precision.EXACT)
+
+Route = Callable[[Place, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+def wan_module() -> Any:
+    """diffusers' Wan module; raises EngineError where it is missing or no longer routes attention by name."""
+    try:
+        module = importlib.import_module(WAN_MODULE)
+    except ImportError as error:
+        raise EngineError(f"The diffusers engine needs diffusers 0.36 or newer ({error}): pip install diffusers==0.42.1.") from None
+    if not callable(getattr(module, HOOK, None)):
+        raise EngineError(
+            f"diffusers {_version('diffusers')} does not send Wan's attention through {HOOK}, so it cannot be compared: "
+            f"pip install diffusers==0.42.1."
+        )
+    return module
+
+
+@contextmanager
+def routed(transformer: Any, route: Route) -> Iterator[None]:
+    """Within this context every self- and cross-attention call of ``transformer`` goes to ``route``.
+
+    ``route(place, q, k, v, options)`` gets q, k, v as (B, L, H, D) and mask, is_causal, scale, enable_gqa in
+    ``options``. Calls from other models and other threads keep diffusers' own path. Raises EngineError when no call
+    arrived although the transformer ran: a diffusers that takes another road must not pass for a comparison.
+    """
+    module = wan_module()
+    original = getattr(module, HOOK)
+    here = threading.local()  # hooks and calls of one forward share a thread; other threads see no place at all
+    seen = {"blocks": 0, "calls": 0}
+
+    def dispatch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        place = getattr(here, "place", None)
+        if place is None:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
+        if dropout_p or kwargs.get("parallel_config") is not None:
+            raise EngineError("Attention dropout and context parallelism cannot be compared: switch them off.")
+        seen["calls"] += 1
+        options = {"mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return route(place, query, key, value, options)
+
+    def enter(place: Place) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            seen["blocks"] += 1
+            here.place = place
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        here.place = None
+
+    with ExitStack() as undo:
+        for layer, block in enumerate(transformer.blocks):
+            for kind, module_ in (("self", block.attn1), ("cross", block.attn2)):
+                undo.callback(module_.register_forward_pre_hook(enter(Place(layer, kind))).remove)
+                undo.callback(module_.register_forward_hook(leave, always_call=True).remove)
+        undo.callback(setattr, module, HOOK, original)
+        setattr(module, HOOK, dispatch)
+        yield
+    if seen["blocks"] and not seen["calls"]:
+        raise EngineError(
+            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: pip install diffusers==0.42.1."
+        )
+
+
+def simple_route(attend: Attend) -> Route:
+    """A route that needs to know nothing about the place."""
+    return lambda place, q, k, v, options: attend(q, k, v, **options)
+
+
+class DiffusersEngine:
+    """The bundled Wan in this process. Raises InputError for a device this machine lacks."""
+
+    name = "diffusers"
+    floor_method = "PyTorch's scaled_dot_product_attention against the chunked fp32 reference"
+
+    def __init__(self, device: str = "auto", dtype: torch.dtype | None = None) -> None:
+        self.device = pick_device(device)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        wan_module()
+        self.transformer = load.load_transformer(self.device, self.dtype)
+        self.vae = load.load_vae(self.device, self.dtype)
+        self._watch = Stopwatch(self.device)
+
+    def describe(self) -> dict[str, str]:
+        versions = {name: _version(name) for name in ("torch", "diffusers", "numpy")}
+        return {
+            "engine": self.name,
+            "device": device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model": "bundled Wan 2.1 (8.0 M parameters)",
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            **versions,
+        }
+
+    def check(self, request: Request, sides: Sequence[Side]) -> None:
+        parse(request.prompt)
+
+    def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
+        self._sample(request.for_warm_up(), door(side, Report()), on_step)
+
+    def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
+        report = Report()
+        generation = self._sample(request, door(side, report), on_step)
+        generation.report = report.lines()
+        return generation
+
+    def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
+        attend = exact_second_way if second_way else door(EXACT, Report())
+        return self._sample(request, attend, on_step)
+
+    def finish(self, generation: Generation) -> None:
+        if generation.video is not None:
+            return
+        self._watch.synchronise()
+        start = self._watch.mark()
+        video = decode(self.vae, generation.handle)
+        end = self._watch.mark()
+        self._watch.synchronise()
+        generation.decode_seconds = self._watch.between(start, end)
+        pixels = ((video.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        generation.video = pixels.permute(1, 2, 3, 0).contiguous().numpy()
+        generation.handle = None
+
+    def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection:
+        captured = self._capture(request, a, on_step)
+        kernels = contestants(a, b, EXACT)
+        return Inspection(replay(captured, kernels), self._one_step(request, captured, kernels))
+
+    def close(self) -> None:
+        del self.transformer, self.vae
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _sample(self, request: Request, attend: Attend, on_step: OnStep) -> Generation:
+        watch = self._watch
+        calls: list[tuple[Any, Any]] = []
+        marks: list[Any] = []
+
+        def route(place: Place, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            start = watch.mark()
+            out = attend(q, k, v, **options)
+            calls.append((start, watch.mark()))
+            return out
+
+        def stepped(done: int, steps: int) -> None:
+            marks.append(watch.mark())
+            on_step(done, steps)
+
+        watch.synchronise()
+        watch.reset_peak_memory()
+        marks.append(watch.mark())
+        with routed(self.transformer, route):
+            latents = self._run(request, stepped)
+        end = watch.mark()
+        watch.synchronise()
+        return Generation(
+            seconds_total=watch.between(marks[0], end),
+            seconds_per_step=[watch.between(x, y) for x, y in zip(marks, marks[1:], strict=False)],
+            attention_seconds=sum(watch.between(x, y) for x, y in calls),
+            peak_memory_bytes=watch.peak_memory(),
+            report=[],
+            handle=latents,
+        )
+
+    def _run(self, request: Request, on_step: OnStep) -> Tensor:
+        return sample(
+            self.transformer,
+            request.prompt,
+            size=request.size,
+            seed=request.seed,
+            steps=request.steps,
+            cfg=request.cfg,
+            shift=request.shift,
+            on_step=on_step,
+        )
+
+    def _capture(self, request: Request, side: Side, on_step: OnStep) -> Captured:
+        """One run of ``side`` that keeps q, k, v of the prompt's own (conditional) forward, and x_t, of some steps."""
+        config = self.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        per_step = 3 * request.size.tokens * width * config.num_layers * self.dtype.itemsize
+        wanted = set(spread(request.steps, per_step))
+        captured, attend = Captured(), door(side, Report())
+        step, forwards = 0, 0
+
+        def started(_: Any, args: tuple[Any, ...]) -> None:
+            nonlocal forwards
+            forwards += 1
+            if step in wanted and forwards == 1:
+                captured.latents.append((step, float(args[1][0]) / 1000, args[0].clone()))
+
+        def route(place: Place, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            if step in wanted and forwards == 1:
+                captured.calls.append(CapturedCall(place, step, (q.clone(), k.clone(), v.clone()), options))
+            return attend(q, k, v, **options)
+
+        def stepped(done: int, steps: int) -> None:
+            nonlocal step, forwards
+            step, forwards = done, 0
+            on_step(done, steps)
+
+        hook = self.transformer.register_forward_pre_hook(started)
+        try:
+            with routed(self.transformer, route):
+                self._run(request, stepped)
+        finally:
+            hook.remove()
+        return captured
+
+    @torch.inference_mode()
+    def _one_step(self, request: Request, captured: Captured, kernels: dict[str, Attend]) -> list[dict[str, Any]]:
+        """The guided velocity on the same x_t under each kernel, against exact attention computed the second way."""
+        rows = []
+        for step, sigma, x in captured.latents:
+            truth = self._velocity(request, sigma, x, exact_second_way)
+            row: dict[str, Any] = {"step": step, "sigma": sigma}
+            for name, attend in kernels.items():
+                row[name] = attention_error(self._velocity(request, sigma, x, attend), truth)
+            rows.append(row)
+        return rows
+
+    def _velocity(self, request: Request, sigma: float, x: Tensor, attend: Attend) -> Tensor:
+        with routed(self.transformer, simple_route(attend)):
+            return velocity(self.transformer, x, sigma, [request.prompt], request.cfg)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (a CUDA GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``; raises InputError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise InputError(f"Unknown device {name!r}: choose auto, cpu, cuda or cuda:0.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("This machine has no CUDA GPU that PyTorch can use: choose --device cpu.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0.")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device: the GPU's model, or the processor's and how many threads PyTorch uses."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"CPU: {model}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    return str(getattr(importlib.import_module(package), "__version__", "unknown"))

@@ -1,0 +1,163 @@
+"""What the comparison asks of a back end that makes videos, and the words both sides share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..demo.sizes import Size
+from ..errors import InputError
+from ..precision import Precision
+from ..report import ReportLine
+
+EMULATED_NOTE = "emulated: quality is real, speed is not"
+EMULATED_SUFFIX = "-emulated"  # how the door names a kernel that is the plain-PyTorch reference
+
+MAX_STEPS = 100
+MAX_SIDE = 1280
+MAX_FRAMES = 129
+MAX_PIXELS = 832 * 480 * 81  # of the whole video: Wan 2.1's own size
+MAX_WORK = MAX_PIXELS * 50  # pixels times steps: a full-size video at Wan's usual 50 steps
+WARM_UP_STEPS = 2
+
+OnStep = Callable[[int, int], None]
+"""Called as ``on_step(done, steps)`` after every sampling step; may raise to cancel."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make. Raises InputError for a value outside the bounds above.
+
+    ``cfg`` is the classifier-free guidance scale (1 = off), ``shift`` the time shift of the flow schedule.
+    """
+
+    prompt: str
+    size: Size
+    seed: int = 1
+    steps: int = 20
+    cfg: float = 3.0
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _bounded("seed", self.seed, 0, 2**63 - 1)
+        _bounded("number of steps", self.steps, 1, MAX_STEPS)
+        _bounded("guidance scale cfg", self.cfg, 1.0, 20.0)
+        _bounded("shift", self.shift, 0.1, 20.0)
+        _bounded("width", self.size.width, 16, MAX_SIDE)
+        _bounded("height", self.size.height, 16, MAX_SIDE)
+        _bounded("number of frames", self.size.frames, 1, MAX_FRAMES)
+        pixels = self.size.width * self.size.height * self.size.frames
+        if pixels > MAX_PIXELS or pixels * self.steps > MAX_WORK:
+            raise InputError(
+                f"{self.size} at {self.steps} steps is more than this comparison takes on: give fewer pixels, frames "
+                f"or steps (832x480x81 at 50 steps is the most)."
+            )
+
+    def for_warm_up(self) -> Request:
+        """The same video in as few steps as touch every kernel."""
+        return replace(self, steps=min(self.steps, WARM_UP_STEPS))
+
+
+def _bounded(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise InputError(f"The {name} is {value}: give {low} to {high}.")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two contestants: how attention is wished for, and whether the reference may stand in for a kernel."""
+
+    label: str
+    precision: Precision
+    emulate: bool = True
+
+    @property
+    def name(self) -> str:
+        """Label and precision, such as "A (exact)"."""
+        return f"{self.label} ({self.precision.value})"
+
+
+@dataclass
+class Generation:
+    """One run of one side.
+
+    video: uint8 (T, H, W, 3), or None until the engine's ``finish``. Times are in seconds, memory in bytes; None
+    means that this engine or device cannot tell. ``seconds_total`` is the sampling from prompt to latents: decoding
+    is timed apart, for the attention under test has no part in it.
+    """
+
+    seconds_total: float
+    seconds_per_step: list[float]
+    report: list[ReportLine]
+    attention_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    build_seconds: float | None = None
+    video: np.ndarray | None = None
+    decode_seconds: float | None = None
+    handle: Any = None  # what the engine needs to finish: latents, or the server's file names
+
+
+@dataclass
+class Inspection:
+    """What only an engine that holds the model can measure: the first two layers of quality.
+
+    ``replay``: one row per captured call: layer, kind ("self" or "cross"), step, tokens, and for each of "a", "b" and
+    "floor" the errors of ``metrics.attention_error`` against exact fp32 attention on the same q, k, v.
+    ``one_step``: one row per captured step: step, sigma, and the same errors of the predicted velocity on the same
+    x_t, against the model with exact attention computed the second way.
+    """
+
+    replay: list[dict[str, Any]] = field(default_factory=list)
+    one_step: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """A back end that makes videos with attention at a wished precision."""
+
+    name: str
+    floor_method: str  # how the noise floor's second exact computation differs from the first, in words
+
+    def describe(self) -> dict[str, str]:
+        """Device, versions and model, as a person would want them in a report."""
+        ...
+
+    def check(self, request: Request, sides: Sequence[Side]) -> None:
+        """Raise InputError or EngineError when this request cannot be served, before any work."""
+        ...
+
+    def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
+        """Build and touch everything that a run of ``side`` will use; its time is not measured."""
+        ...
+
+    def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
+        """One timed run."""
+        ...
+
+    def finish(self, generation: Generation) -> None:
+        """Fill in ``video`` and ``decode_seconds`` of a generation this engine made."""
+        ...
+
+    def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection | None:
+        """One run of side A with q, k, v and x_t captured, replayed through both kernels; None if this engine cannot."""
+        ...
+
+    def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
+        """One untimed run with exact attention, computed the usual way or a second way: the noise floor's two ends."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model or the connection."""
+        ...
+
+
+def is_emulated(report: Sequence[ReportLine]) -> bool:
+    """Whether any call of a run was served by the plain-PyTorch reference in place of a kernel."""
+    return any(line["kernel"].endswith(EMULATED_SUFFIX) for line in report)
+
+
+def fell_back(report: Sequence[ReportLine]) -> bool:
+    """Whether any call of a run was not served at the precision it asked for."""
+    return any(line["fell_back"] for line in report)
