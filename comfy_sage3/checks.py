@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels.devices import ALL_DTYPES, LOW_BIT_DTYPES
+from .kernels.devices import ALL_DTYPES, AUTOCAST_DEVICES, LOW_BIT_DTYPES
 
 
 def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -47,7 +47,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the autocast dtype where autocast is on, as ``F.scaled_dot_product_attention`` does."""
     kind = q.device.type
-    if kind not in ("cpu", "cuda", "xpu", "mps") or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     q, k, v = (t.to(dtype) if t.dtype in LOW_BIT_DTYPES else t for t in (q, k, v))

@@ -63,7 +63,7 @@ def psnr(a: Any, b: Any) -> np.ndarray:
 
 
 def ssim(a: Any, b: Any) -> np.ndarray:
-    """Structural similarity of each frame, (T,) float64, by ``SSIM_CONVENTION``; frames of 11 pixels or more."""
+    """Structural similarity per frame, (T,) float64, by ``SSIM_CONVENTION``; frames of 11 pixels and up."""
     import numpy as np
 
     metrics = _skimage()

@@ -13,6 +13,7 @@ Capability = tuple[int, int]  # compute capability (major, minor): (12, 0) is sm
 
 LOW_BIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALL_DTYPES = (*LOW_BIT_DTYPES, torch.float64)
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 

@@ -6,13 +6,16 @@ or additive in q's dtype. Causal is top-left aligned, as in ``F.scaled_dot_produ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 
-SCORES_AT_ONCE = 1 << 24  # the backward holds this many scores at a time, so that memory stays O(N * D)
+SCORES_AT_ONCE = 1 << 24  # held at a time by what writes out its scores, so that memory stays O(N * D)
+REFERENCE_HEAD_DIM = 256  # the widest the reference takes
 
 
 def sdpa(
@@ -38,10 +41,13 @@ def with_lse(
     if 0 in q.shape or 0 in k.shape:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         return sdpa(q, k, v, mask, is_causal, scale), lse
-    if q.shape[3] == v.shape[3]:
+    if q.shape[3] == v.shape[3] <= REFERENCE_HEAD_DIM:
         return reference.exact_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
-    _, lse = reference.exact_attention(q, k, k, mask=mask, is_causal=is_causal, scale=scale)
-    return sdpa(q, k, v, mask, is_causal, scale), lse
+    lse = torch.cat([
+        s.logsumexp(-1) if dead is None else s.logsumexp(-1).masked_fill(dead[..., 0], -torch.inf)
+        for _, s, dead in _scores(_wide(q), _wide(k, q.shape[1]), mask, is_causal, scale)
+    ], dim=2)  # fmt: skip
+    return sdpa(q, k, v, mask, is_causal, scale), lse.float()
 
 
 def backward(
@@ -58,17 +64,48 @@ def backward(
 
     P = softmax(S), dS = P * (dP - rowsum(P * dP) + dlse), in fp32 (fp64 for fp64 inputs).
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    group = heads // max(kv_heads, 1)
-    scale = head_dim**-0.5 if scale is None else scale
-    qs, ks, vs = (t.to(wide) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    heads, kv_heads = q.shape[1], k.shape[1]
+    qs, ks, vs = _wide(q), _wide(k, heads), _wide(v, heads)
     dq, dk, dv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    for here, s, dead in _scores(qs, ks, mask, is_causal, scale):
+        p = torch.softmax(s, -1)
+        if dead is not None:
+            p = p.masked_fill(dead, 0.0)
+        ds = torch.zeros_like(p)
+        if dout is not None:
+            do = dout[:, :, here].to(qs.dtype)
+            dv += p.transpose(-1, -2) @ do
+            dp = do @ vs.transpose(-1, -2)
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if dlse is not None:
+            ds = ds + p * dlse[:, :, here, None].to(qs.dtype)
+        dq[:, :, here] = ds @ ks * factor
+        dk += ds.transpose(-1, -2) @ qs[:, :, here] * factor
+    if heads > kv_heads > 0:
+        dk, dv = (t.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for t in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _wide(x: Tensor, heads: int | None = None) -> Tensor:
+    """``x`` in fp32 (fp64 stays), its heads repeated up to ``heads``."""
+    if heads is not None and heads > x.shape[1] > 0:
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The masked scores of a few query rows at a time: (which rows, scores, which of them are dead or None).
+
+    Dead rows come opened (see ``_open_dead_rows``); q and k in one dtype and with equally many heads.
+    """
+    (batch, heads, q_len, head_dim), k_len = q.shape, k.shape[2]
     rows = max(1, SCORES_AT_ONCE // max(1, batch * heads * k_len))
     for start in range(0, q_len if k_len else 0, rows):
         here = slice(start, min(start + rows, q_len))
-        s = (qs[:, :, here] @ ks.transpose(-1, -2)) * scale
+        s = (q[:, :, here] @ k.transpose(-1, -2)) * (head_dim**-0.5 if scale is None else scale)
         dead = None
         if mask is not None:
             part = mask if mask.shape[2] == 1 else mask[:, :, here]
@@ -76,22 +113,7 @@ def backward(
             s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
         elif is_causal:
             s = s.masked_fill(~_triangle(start, s.shape[2], k_len, q.device), -torch.inf)
-        p = torch.softmax(s, -1)
-        if dead is not None:
-            p = p.masked_fill(dead, 0.0)
-        ds = torch.zeros_like(p)
-        if dout is not None:
-            do = dout[:, :, here].to(wide)
-            dv += p.transpose(-1, -2) @ do
-            dp = do @ vs.transpose(-1, -2)
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        if dlse is not None:
-            ds = ds + p * dlse[:, :, here, None].to(wide)
-        dq[:, :, here] = ds @ ks * scale
-        dk += ds.transpose(-1, -2) @ qs[:, :, here] * scale
-    if group > 1:
-        dk, dv = (t.unflatten(1, (kv_heads, group)).sum(2) for t in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        yield here, s, dead
 
 
 def _triangle(start: int, rows: int, k_len: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .. import reference
 from ..errors import InputError
 from ..report import record_note
 from . import exact
+from .devices import AUTOCAST_DEVICES
 
 # A second copy of this package in one process (installed, and again as a ComfyUI node pack under another
 # name) gets ops of its own; importing the same name again replaces its ops, which torch supports.
@@ -49,6 +51,13 @@ def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inf
         )
 
 
+def full_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off: it would round the fp32 steps inside a kernel, whose inputs ``attention`` has already cast."""
+    if q.device.type in AUTOCAST_DEVICES:
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
+
+
 def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
 
@@ -67,10 +76,11 @@ def exact_attention(
     """Exact attention -> (out (B, H, Lq, Dv), lse float32 (B, H, Lq), or 0 elements when not asked for)."""
     if q.device.type == "cpu":
         refuse_bad_numbers(q, k, v, mask, infinite=False)
-    if return_lse:
-        out, lse = exact.with_lse(q, k, v, mask, is_causal, scale)
-    else:
-        out, lse = exact.sdpa(q, k, v, mask, is_causal, scale), q.new_empty(0, dtype=torch.float32)
+    with full_precision(q):
+        if return_lse:
+            out, lse = exact.with_lse(q, k, v, mask, is_causal, scale)
+        else:
+            out, lse = exact.sdpa(q, k, v, mask, is_causal, scale), q.new_empty(0, dtype=torch.float32)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 
@@ -87,7 +97,8 @@ def exact_attention_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradients of out and lse; None stands for zero."""
-    dq, dk, dv = exact.backward(dout, dlse, q, k, v, mask, is_causal, scale)
+    with full_precision(q):
+        dq, dk, dv = exact.backward(dout, dlse, q, k, v, mask, is_causal, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -103,7 +114,8 @@ def fp4_attention(
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention (NVFP4, SageAttention3), emulated -> (out, lse)."""
     refuse_bad_numbers(q, k, v, mask, infinite=True)
-    out, lse = reference.fp4_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    with full_precision(q):
+        out, lse = reference.fp4_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 
@@ -120,7 +132,8 @@ def int8_attention(
 ) -> tuple[Tensor, Tensor]:
     """8-bit attention, emulated -> (out, lse)."""
     refuse_bad_numbers(q, k, v, mask, infinite=True)
-    out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    with full_precision(q):
+        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 
@@ -138,9 +151,10 @@ def int8_attention_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of 8-bit attention from the gradient of its output, by the same 8-bit products."""
-    dq, dk, dv = reference.int8_attention_backward(
-        dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale
-    )
+    with full_precision(q):
+        dq, dk, dv = reference.int8_attention_backward(
+            dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale
+        )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
