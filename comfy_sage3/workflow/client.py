@@ -108,8 +108,7 @@ class ComfyClient:
                 raise EngineError(
                     f"The workflow did not finish within {timeout:g} s and was cancelled: allow it more time."
                 )
-            if self._follow(prompt_id, on_progress, POLL_SECONDS):
-                continue
+            self._follow(prompt_id, on_progress, POLL_SECONDS)
             if entry is None and not self._queued(prompt_id) and self.history(prompt_id) is None:
                 raise EngineError(
                     "The server no longer knows the workflow: it was restarted or its history was cleared."
@@ -154,17 +153,18 @@ class ComfyClient:
             )
         return self._events
 
-    def _follow(self, prompt_id: str, on_progress: OnProgress | None, seconds: float) -> bool:
-        """Handle one event, or pass ``seconds``. True when more may be waiting and the prompt is not done."""
-        try:
-            message = self._listen().read_text(seconds)
-        except OSError:
-            self.close()
-            time.sleep(seconds)
-            return False
-        if message is None:
-            return False
-        return _handle(message, prompt_id, on_progress)
+    def _follow(self, prompt_id: str, on_progress: OnProgress | None, seconds: float) -> None:
+        """Handle events for ``seconds``, or until one says that the prompt is done."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            try:
+                message = self._listen().read_text(left)
+            except OSError:
+                self.close()
+                time.sleep(left)
+                return
+            if message is not None and _ends(message, prompt_id, on_progress):
+                return
 
     def _queued(self, prompt_id: str) -> bool:
         queue = self._json("/queue")
@@ -206,20 +206,22 @@ class ComfyClient:
             ) from None
 
 
-def _handle(message: str, prompt_id: str, on_progress: OnProgress | None) -> bool:
+def _ends(message: str, prompt_id: str, on_progress: OnProgress | None) -> bool:
+    """Tell ``on_progress`` what the event says; True when it says that the prompt is done."""
     try:
         event = json.loads(message)
         kind, data = event["type"], event["data"]
     except (ValueError, KeyError, TypeError):
-        return True
+        return False
     if not isinstance(data, dict) or data.get("prompt_id") not in (None, prompt_id):
-        return True
-    if on_progress is not None and kind == "executing" and data.get("node") is not None:
-        on_progress(str(data["node"]), 0, 0)
+        return False
+    node = data.get("node")
+    if on_progress is not None and kind == "executing" and node is not None:
+        on_progress(str(node), 0, 0)
     elif on_progress is not None and kind == "progress":
-        on_progress(str(data.get("node") or ""), float(data["value"]), float(data["max"]))
+        on_progress(str(node or ""), float(data["value"]), float(data["max"]))
     ended = kind in ("execution_success", "execution_error", "execution_interrupted")
-    return not (ended or (kind == "executing" and data.get("node") is None))
+    return ended or (kind == "executing" and node is None)
 
 
 def _completed(entry: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def load_workflow(path: Path) -> Workflow:
 
 
 def set_input(workflow: Workflow, assignment: str) -> None:
-    """Apply ``NODE.INPUT=VALUE`` in place, VALUE being JSON or else text; InputError where it does not fit."""
+    """Apply ``NODE.INPUT=VALUE`` in place, VALUE being JSON or else text; InputError where it fits not."""
     target, equals, text = assignment.partition("=")
     key, dot, name = target.partition(".")
     if not (equals and dot):

@@ -114,7 +114,7 @@ class Patcher:
         return wrapped(*args)
 
     def sample(self, sigmas, tokens=96, calls=2):
-        """Sampling: for every sigma, ``calls`` attention calls of ``tokens`` tokens. Returns the last result."""
+        """``calls`` attention calls for every sigma. Returns the last result."""
 
         def step(x, t):
             for _ in range(calls):

@@ -1,0 +1,232 @@
+"""The pack in a real ComfyUI: COMFYUI_PATH names a checkout, COMFYUI_PYTHON its Python."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from comfy_sage3.errors import EngineError
+from comfy_sage3.workflow import load_workflow, serve
+from comfy_sage3.workflow.command import save
+from comfy_sage3.workflow.server import find_python
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, STEPS = 6, 4
+SIZE = {"width": 64, "height": 64, "length": 5}  # 32 tokens
+
+if not os.environ.get("COMFYUI_PATH"):
+    pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to run the pack in", allow_module_level=True)
+
+COMFYUI = Path(os.environ["COMFYUI_PATH"])
+PYTHON = find_python(
+    COMFYUI, Path(os.environ["COMFYUI_PYTHON"]) if os.environ.get("COMFYUI_PYTHON") else None
+)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serve(COMFYUI, python=PYTHON) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def version(client):
+    return tuple(int(x) for x in client.system_stats()["system"]["comfyui_version"].split(".")[:3])
+
+
+def workflow(name, **sage):
+    """A shipped workflow at test size; ``sage`` changes the low-bit side's Sage3 Attention node."""
+    made = load_workflow(ROOT / "workflows" / f"{name}.json")
+    for node in made.values():
+        if node["class_type"] == "EmptyHunyuanLatentVideo":
+            node["inputs"] |= SIZE
+        elif node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = STEPS
+        elif node["class_type"] == "Sage3Attention" and node["inputs"]["precision"] != "exact":
+            node["inputs"] |= {"min_tokens": 16} | sage
+    return made
+
+
+def run(client, made, tmp_path):
+    entry = client.wait(client.submit(made), timeout=300)
+    return entry, save(client, entry, tmp_path)
+
+
+def latent(paths, side):
+    from safetensors.torch import load_file
+
+    (path,) = [p for p in paths if side in p.name]
+    return load_file(path)["latent_tensor"]
+
+
+def test_the_pack_registers(client):
+    for node in ("Sage3Attention", "Sage3Report", "Sage3DemoPrompt"):
+        info = client.object_info(node)[node]
+        assert info["python_module"] == "custom_nodes.comfy-sage3"
+    models = client.object_info("UNETLoader")["UNETLoader"]["input"]["required"]["unet_name"]
+    assert "sage3_demo_wan.safetensors" in json.dumps(models)
+    with client._open("/extensions") as answer:
+        assert "/extensions/comfy-sage3/js/sage3_status.js" in json.load(answer)
+    with client._open("/extensions/comfy-sage3/docs/Sage3Attention.md") as answer:
+        assert answer.read() == (ROOT / "web/docs/Sage3Attention.md").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["text_to_video_ab", "text_to_video_ab_latent"])
+def test_editor_and_api_formats_agree(client, name):
+    """Read the editor's format as the editor would: widget values by position, in the server's order."""
+    editor = json.loads((ROOT / "workflows" / f"{name}.ui.json").read_text())
+    links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
+    read = {}
+    for node in editor["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        spec = client.object_info(node["type"])[node["type"]]["input"]
+        values = iter(node["widgets_values"])
+        inputs = {s["name"]: links[s["link"]] for s in node["inputs"]}
+        for key, (kind, *rest) in {**spec["required"], **spec.get("optional", {})}.items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                inputs[key] = next(values)
+                if rest and rest[0].get("control_after_generate"):
+                    assert next(values) == "fixed"
+        assert not list(values)
+        read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    api = load_workflow(ROOT / "workflows" / f"{name}.json")
+    assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}
+
+
+def test_both_sides_run_and_report(client, tmp_path):
+    steps = []
+    made = workflow("text_to_video_ab_latent")
+    prompt_id = client.submit(made)
+    entry = client.wait(prompt_id, lambda *a: steps.append(a), timeout=300)
+    paths = save(client, entry, tmp_path)
+    exact, fp4 = client.texts(entry)["12"], client.texts(entry)["22"]
+    total = 2 * LAYERS * STEPS  # self- and cross-attention; cond and uncond run as one batch
+    assert exact.splitlines()[0] == f"{total} attention calls: 0 accelerated, 0 fell back, {total} left exact"
+    half = total // 2
+    assert (
+        fp4.splitlines()[0] == f"{total} attention calls: {half} accelerated, 0 fell back, {half} left exact"
+    )
+    assert f"{half} x fp4-emulated" in fp4
+    assert f"{half} x exact: fewer than 16 tokens" in fp4
+    a, b = latent(paths, "exact"), latent(paths, "fp4")
+    assert a.isfinite().all()
+    assert b.isfinite().all()
+    assert not torch.equal(a, b)
+    assert (a - b).norm() / a.norm() < 0.5
+    assert any(maximum == STEPS for _, _, maximum in steps)
+
+
+def test_the_exact_side_is_comfyuis_own_result_bit_for_bit(client, tmp_path):
+    made = workflow("text_to_video_ab_latent")
+    made["21"]["inputs"]["model"] = ["2", 0]  # past the node altogether
+    _, paths = run(client, made, tmp_path)
+    assert torch.equal(latent(paths, "exact"), latent(paths, "fp4"))
+
+
+def test_the_window_counts_steps(client, tmp_path):
+    entry, _ = run(client, workflow("text_to_video_ab_latent", end_percent=0.5, min_tokens=0), tmp_path)
+    text = client.texts(entry)["22"]
+    outside = [line for line in text.splitlines() if "outside the window 0% to 50%" in line]
+    assert len(outside) == 1
+    left = int(outside[0].split()[0])
+    assert left % (2 * LAYERS) == 0
+    assert 0 < left < 2 * LAYERS * STEPS
+
+
+def test_without_emulation_this_machine_falls_back_or_accelerates(client, tmp_path):
+    entry, paths = run(client, workflow("text_to_video_ab_latent", emulate=False), tmp_path)
+    text = client.texts(entry)["22"]
+    assert "0 attention calls" not in text
+    if "0 accelerated" in text:
+        assert "fp4 needs" in text or "fp4 and int8 need" in text
+        assert torch.equal(latent(paths, "exact"), latent(paths, "fp4"))
+
+
+def test_videos(client, version, tmp_path):
+    made = workflow("text_to_video_ab")
+    if version < (0, 3, 76):
+        with pytest.raises(EngineError, match=r"Node 6 \(VAELoader\) failed: .*size mismatch"):
+            run(client, made, tmp_path)
+        return
+    _, paths = run(client, made, tmp_path)
+    from PIL import Image
+
+    for path in (p for p in paths if p.suffix == ".webp"):
+        with Image.open(path) as video:
+            assert (video.size, video.n_frames) == ((64, 64), 5)
+
+
+def test_an_unknown_word_is_refused_before_anything_runs(client):
+    made = workflow("text_to_video_ab_latent")
+    made["3"]["inputs"]["text"] = "a red dragon"
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"node 3 \(Sage3DemoPrompt\).*does not know the word 'dragon'"):
+        client.submit(made)
+    assert time.monotonic() - started < 10
+
+
+def test_a_failing_node_is_named(client):
+    made = workflow("text_to_video_ab_latent")
+    made["5"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    made["2"]["inputs"]["shift"] = 3.0
+    made["21"]["inputs"]["positive"] = ["4", 0]
+    made["13"]["inputs"]["samples"] = ["12", 1]
+    made["30"] = {
+        "class_type": "LatentComposite",
+        "inputs": {"samples_to": ["5", 0], "samples_from": ["12", 1], "x": 0, "y": 0, "feather": 0},
+    }
+    made["31"] = {"class_type": "SaveLatent", "inputs": {"samples": ["30", 0], "filename_prefix": "x"}}
+    with pytest.raises(EngineError, match=r"^Node \d+ \(\w+\) failed: "):
+        client.wait(client.submit(made), timeout=300)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    out = tmp_path_factory.mktemp("probe") / "out.npz"
+    script = Path(__file__).with_name("probe.py")
+    command = [str(PYTHON), str(script), str(COMFYUI), str(ROOT), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=COMFYUI, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1]), np.load(out)
+
+
+def test_every_backend_of_comfyui(probe):
+    seen, _ = probe
+    assert {"optimized", "masked", "pytorch"} <= set(seen["backends"])
+    assert all(seen["backends"].values()), seen["backends"]
+    assert seen.get("containers", True)
+
+
+def test_a_real_model_under_the_hook(probe):
+    seen, _ = probe
+    assert (seen["served"], seen["left"]) == (
+        LAYERS,
+        LAYERS,
+    )  # self-attention served, cross-attention passed on
+    assert 0 < seen["relative_change"] < 0.2
+    assert seen["grad"] > 0
+    assert seen["grad_kernels"] == ["int8-emulated"]
+
+
+def test_the_stock_loader_agrees_with_diffusers(probe):
+    pytest.importorskip("diffusers")
+    from comfy_sage3.demo.load import load_transformer
+    from comfy_sage3.demo.prompts import embed
+
+    _, saved = probe
+    transformer = load_transformer()
+    context = embed("a large red circle moving left quickly on a black background")[None]
+    with torch.inference_mode():
+        out = transformer(
+            hidden_states=torch.from_numpy(saved["x"]),
+            timestep=torch.tensor([float(saved["timestep"])]),
+            encoder_hidden_states=context,
+            return_dict=False,
+        )[0]
+    assert (out - torch.from_numpy(saved["out"])).abs().max() < 5e-5
