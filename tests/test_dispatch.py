@@ -76,7 +76,8 @@ def test_this_version_has_no_gpu_kernel_and_says_so(capability, precision):
             "fp4 needs a Blackwell GPU (sm_120 or sm_121); this is a CPU; "
             "int8 needs an NVIDIA GPU from Ampere on (sm_80 or newer)",
         ),
-        (gpu((8, 9)), "fp4", False, "exact", "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_89; "
+        (gpu((8, 9)), "fp4", False, "exact",
+         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_89; "
          "int8 needs a kernel for sm_89; this version has none"),
         (gpu((12, 0)), "fp4", False, "exact", "fp4 and int8 need a kernel for sm_120; this version has none"),
         (gpu(None), "int8", False, "exact",

@@ -52,7 +52,7 @@ def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inf
 
 
 def full_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off: it would round the fp32 steps inside a kernel, whose inputs ``attention`` has already cast."""
+    """Autocast off: it would round the fp32 steps inside a kernel; ``attention`` has cast the inputs."""
     if q.device.type in AUTOCAST_DEVICES:
         return torch.autocast(q.device.type, enabled=False)
     return nullcontext()
