@@ -46,8 +46,9 @@ class Fp4Options:
         smooth_k: take the mean over tokens out of K.
         per_block_mean: means of Q per 128 rows; False: one over the whole sequence.
         two_level_p: scale P to 0..448*6 before giving it block scales; False: quantise P in 0..1 directly.
-        p_reference: what P is relative to when it is scaled: the row maximum of its own KV tile ("tile", the
-            paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a kernel).
+        p_reference: what the first level of two_level_p refers to: the row maximum of P in its own KV tile
+            ("tile", the paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a
+            kernel).
         second_level_scale: an fp32 scale per head on top of the block scales of Q, K and V (not in the paper).
         block_format: "nvfp4" (blocks of 16, e4m3 scales) or "mxfp4" (blocks of 32, power-of-two scales).
         rotate: "none", or for comparison "hadamard" or "smoothquant", applied to Q and K after smoothing.
@@ -262,12 +263,11 @@ def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
 def _weigh_fp4(options: Fp4Options) -> WeightRule:
     block = BLOCK_SIZE[options.block_format]
     reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
+    own_tile = options.two_level_p and options.p_reference == "tile"
 
     def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
         """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach."""
-        reference, factor, new = references(
-            block_max, maximum, options.kv_tile // block, options.p_reference == "tile"
-        )
+        reference, factor, new = references(block_max, maximum, options.kv_tile // block, own_tile)
         scale = block_scales(torch.exp(block_max - reference).mul_(reach), options.block_format).div_(reach)
         divisor = scale.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
         blocks = scores.unflatten(1, (-1, block))
