@@ -1,7 +1,7 @@
 """The first two layers of quality: the same q, k, v through every kernel, and the same x_t through one step.
 
-Replaying captured tensors is the only measurement of the kernel itself: at the end of a sampling run small errors
-have steered the whole trajectory, and the videos differ for reasons of chaos as well as of arithmetic.
+Replaying captured tensors is the only measurement of the kernel itself: at the end of a sampling run small
+errors have steered the whole trajectory, and the videos differ for reasons of chaos as well as of arithmetic.
 """
 
 from __future__ import annotations
@@ -65,21 +65,28 @@ def door(side: Side, report: Report) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return attention(
-            q, k, v, layout="NHD", precision=side.precision.value, emulate=side.emulate, report=report, **options
+            q,
+            k,
+            v,
+            layout="NHD",
+            precision=side.precision.value,
+            emulate=side.emulate,
+            report=report,
+            **options,
         )
 
     return attend
 
 
 def exact_second_way(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, **options: Any) -> Tensor:
-    """Exact attention by the chunked fp32 reference: the noise floor's other end. The reference infers GQA itself."""
+    """Exact attention by the chunked fp32 reference (which infers GQA): the noise floor's other end."""
     out, _ = exact_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
     return out.transpose(1, 2)
 
 
 def contestants(a: Side, b: Side, exact: Side) -> dict[str, Attend]:
-    """The kernels every row is measured with: side A, side B, and exact attention the usual way (the noise floor)."""
-    unseen = Report()  # replays are measurements, not the model's calls: they do not belong in anybody's tally
+    """What every row is measured with: side A, side B, and exact attention the usual way."""
+    unseen = Report()  # replays are measurements, not the model's calls: they belong in nobody's tally
     return {"a": door(a, unseen), "b": door(b, unseen), "floor": door(exact, unseen)}
 
 

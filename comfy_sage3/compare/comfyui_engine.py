@@ -1,8 +1,8 @@
 """The ComfyUI engine: the bundled model on a running server, over HTTP and its event stream.
 
-Both sides are the same prompt graph; only the settings of the Sage3 Attention node differ. What the node did is read
-from Sage3 Report's output in the server's history. Tensors never leave the server, so the first two layers of quality
-are not available here.
+Both sides are the same prompt graph; only the settings of the Sage3 Attention node differ. What the node did
+is read from Sage3 Report's output in the server's history. Tensors never leave the server, so the first two
+layers of quality are not available here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,17 @@ from .engine import Generation, Inspection, OnStep, Request, Side
 
 Graph = dict[str, dict[str, Any]]
 ATTENTION, SAMPLER, REPORT, DECODE, FRAMES = "attention", "sampler", "report", "decode", "frames"
-NEEDED_NODES = ("Sage3Attention", "Sage3Report", "Sage3DemoPrompt", "ModelSamplingSD3", "EmptyHunyuanLatentVideo")
+NEEDED_NODES = (
+    "Sage3Attention",
+    "Sage3Report",
+    "Sage3DemoPrompt",
+    "ModelSamplingSD3",
+    "EmptyHunyuanLatentVideo",
+)
 REPORT_LINE = re.compile(r"^\s*(\d+) x (\S+): (.*)$")
-FRESH = 1e-6  # how much of the schedule's very end one run leaves out, so that the server does not answer from its cache
+# How much of the schedule's very end each run leaves out, so that the server cannot answer from its cache.
+# Even a hundred runs leave out no step: the last step begins 1 % before the end or earlier.
+FRESH = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Event:
 
 
 class ComfyUIEngine:
-    """The bundled model on the ComfyUI server at ``url``. Raises EngineError when it cannot be reached or lacks the pack."""
+    """The bundled model on the ComfyUI server at ``url``. Raises EngineError when it cannot be reached."""
 
     name = "comfyui"
     floor_method = "two runs of the server's own exact attention: it does not offer a second exact kernel"
@@ -76,8 +84,8 @@ class ComfyUIEngine:
         for node in NEEDED_NODES:
             if node not in self._client.object_info(node):
                 raise EngineError(
-                    f"The ComfyUI server at {self._client.url} has no node {node}: put this pack into its custom_nodes "
-                    f"folder and restart it."
+                    f"The ComfyUI server at {self._client.url} has no node {node}: put this pack into its "
+                    "custom_nodes folder and restart it."
                 )
 
     def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
@@ -86,7 +94,7 @@ class ComfyUIEngine:
     def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
         graph = self._fresh(request, side)
         entry, events = self._run(graph, on_step)
-        total, steps = sampling_times(events)
+        total, steps = sampling_times(events, entry)
         report = read_report(self._client.texts(entry).get(REPORT, ""), side)
         return Generation(total, steps, report, handle=graph)
 
@@ -99,7 +107,7 @@ class ComfyUIEngine:
         graph: Graph = dict(generation.handle)
         graph["vae"] = _node("VAELoader", vae_name=VAE_FILE)
         graph[DECODE] = _node("VAEDecode", samples=[SAMPLER, 0], vae=["vae", 0])
-        graph[FRAMES] = _node("PreviewImage", images=[DECODE, 0])  # lossless PNG in the server's temporary folder
+        graph[FRAMES] = _node("PreviewImage", images=[DECODE, 0])  # lossless, in the temporary folder
         entry, events = self._run(graph, lambda done, steps: None)
         files = [f for f in self._client.files(entry) if f.node == FRAMES]
         if not files:
@@ -121,7 +129,7 @@ class ComfyUIEngine:
         return prompt_graph(request, side, end_percent=1 - FRESH * self._runs)
 
     def _run(self, graph: Graph, on_step: OnStep) -> tuple[dict[str, Any], list[Event]]:
-        """Run ``graph``; its history entry, and the events that came with it. Cancelled on the server if stopped here."""
+        """Run ``graph``: its history entry and its events. Cancelled on the server when stopped here."""
         events: list[Event] = []
 
         def heard(node: str, value: float, maximum: float) -> None:
@@ -179,16 +187,28 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def sampling_times(events: Sequence[Event]) -> tuple[float, list[float]]:
+def sampling_times(events: Sequence[Event], entry: dict[str, Any]) -> tuple[float, list[float]]:
     """Seconds of the sampler node, and of each of its steps, from the moments its events arrived.
 
-    Raises EngineError when the sampler did not run (an answer from the cache) or its events were not heard.
+    Where no event was heard, the server's own times of the whole prompt stand in and there are no steps.
+    Raises EngineError when the sampler did not run at all: an answer from the server's cache cannot be timed.
     """
+    messages = {kind: data for kind, data in entry.get("status", {}).get("messages", ())}
+    if SAMPLER in messages.get("execution_cached", {}).get("nodes", ()):
+        raise EngineError(
+            "The ComfyUI server answered from its cache: restart it and run the comparison again."
+        )
     total = node_seconds(events, SAMPLER)
-    if total is None:
-        raise EngineError("The ComfyUI server sent no events of its sampler, so it cannot be timed: check its /ws connection.")
-    moments = [e.at for e in events if e.node == SAMPLER]  # the first is its beginning
-    return total, [y - x for x, y in zip(moments, moments[1:], strict=False)]
+    if total is not None:
+        moments = [e.at for e in events if e.node == SAMPLER]  # the first is its beginning
+        return total, [y - x for x, y in zip(moments, moments[1:], strict=False)]
+    try:
+        start, end = (messages[k]["timestamp"] for k in ("execution_start", "execution_success"))
+    except KeyError:
+        raise EngineError(
+            "The ComfyUI server sends no events, so it cannot be timed: check its /ws connection."
+        ) from None
+    return (end - start) / 1000, []
 
 
 def node_seconds(events: Sequence[Event], node: str) -> float | None:
@@ -209,5 +229,13 @@ def read_report(text: str, side: Side) -> list[ReportLine]:
         if found:
             calls, kernel, reason = found.groups()
             other = side.precision is not Precision.AUTO and kernel.split("-")[0] != wished
-            lines.append({"wished": wished, "kernel": kernel, "reason": reason, "fell_back": other, "calls": int(calls)})
+            lines.append(
+                {
+                    "wished": wished,
+                    "kernel": kernel,
+                    "reason": reason,
+                    "fell_back": other,
+                    "calls": int(calls),
+                }
+            )
     return lines

@@ -24,26 +24,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     choices = ", ".join(p.value for p in Precision)
     parser.add_argument("--prompt", default=PROMPT, help=f'what to draw (default: "{PROMPT}")')
-    parser.add_argument("--a", default="exact", metavar="PRECISION", help=f"side A: {choices} (default: exact)")
+    parser.add_argument(
+        "--a", default="exact", metavar="PRECISION", help=f"side A: {choices} (default: exact)"
+    )
     parser.add_argument("--b", default="fp4", metavar="PRECISION", help=f"side B: {choices} (default: fp4)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the noise both sides start from (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the noise both sides start from (default: 1)"
+    )
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder for the results (default: {OUT})")
     parser.add_argument(
-        "--size", help="cpu (128x128x17), gpu (480x480x33) or WIDTHxHEIGHTxFRAMES (default: by device; a server: cpu)"
+        "--size",
+        help="cpu (128x128x17), gpu (480x480x33) or WIDTHxHEIGHTxFRAMES (default: by device; a server: cpu)",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance scale (default: 3)")
-    parser.add_argument("--shift", type=float, default=3.0, help="time shift of the noise schedule (default: 3)")
+    parser.add_argument(
+        "--shift", type=float, default=3.0, help="time shift of the noise schedule (default: 3)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: 3)")
-    parser.add_argument("--engine", choices=("diffusers", "comfyui"), default="diffusers", help="what makes the videos")
-    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="the ComfyUI server to use")
+    parser.add_argument(
+        "--engine", choices=("diffusers", "comfyui"), default="diffusers", help="what makes the videos"
+    )
+    parser.add_argument(
+        "--server", default="http://127.0.0.1:8188", metavar="URL", help="the ComfyUI server to use"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (diffusers engine)")
     parser.add_argument(
         "--emulate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="where this device has no kernel for a wished precision, run the plain-PyTorch reference instead: "
-        "it shows the quality, not the speed (default); --no-emulate falls back to another precision",
+        help="where this device has no kernel for a wished precision, run the plain-PyTorch reference "
+        "instead, which shows the quality, not the speed (default); --no-emulate falls back instead",
     )
 
 

@@ -1,7 +1,8 @@
 """The embedded engine: the bundled model in diffusers, its attention routed through this package's door.
 
-diffusers offers no public way to add an attention backend, so the name ``dispatch_attention_fn`` that Wan's attention
-processor looks up in its own module is replaced for as long as a run lasts, and put back whatever happens.
+diffusers offers no public way to add an attention backend, so the name ``dispatch_attention_fn`` that Wan's
+attention processor looks up in its own module is replaced for as long as a run lasts, and put back whatever
+happens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from ..errors import EngineError, InputError
 from ..metrics import attention_error
 from ..precision import Precision
 from ..report import Report
-from .capture import Attend, Captured, CapturedCall, Place, contestants, door, exact_second_way, replay, spread
+from .capture import (
+    Attend,
+    Captured,
+    CapturedCall,
+    Place,
+    contestants,
+    door,
+    exact_second_way,
+    replay,
+    spread,
+)
 from .engine import Generation, Inspection, OnStep, Request, Side
 from .stopwatch import Stopwatch
 
@@ -39,11 +50,13 @@ def wan_module() -> Any:
     try:
         module = importlib.import_module(WAN_MODULE)
     except ImportError as error:
-        raise EngineError(f"The diffusers engine needs diffusers 0.36 or newer ({error}): pip install diffusers==0.42.1.") from None
+        raise EngineError(
+            f"The diffusers engine needs diffusers 0.36 or newer ({error}): pip install diffusers==0.42.1."
+        ) from None
     if not callable(getattr(module, HOOK, None)):
         raise EngineError(
-            f"diffusers {_version('diffusers')} does not send Wan's attention through {HOOK}, so it cannot be compared: "
-            f"pip install diffusers==0.42.1."
+            f"diffusers {_version('diffusers')} does not send Wan's attention through {HOOK}, so it cannot "
+            "be compared: pip install diffusers==0.42.1."
         )
     return module
 
@@ -53,12 +66,13 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
     """Within this context every self- and cross-attention call of ``transformer`` goes to ``route``.
 
     ``route(place, q, k, v, options)`` gets q, k, v as (B, L, H, D) and mask, is_causal, scale, enable_gqa in
-    ``options``. Calls from other models and other threads keep diffusers' own path. Raises EngineError when no call
-    arrived although the transformer ran: a diffusers that takes another road must not pass for a comparison.
+    ``options``. Calls from other models and other threads keep diffusers' own path. Raises EngineError when
+    no call arrived although the transformer ran: a diffusers that takes another road must not pass for a
+    comparison.
     """
     module = wan_module()
     original = getattr(module, HOOK)
-    here = threading.local()  # hooks and calls of one forward share a thread; other threads see no place at all
+    here = threading.local()  # hooks and calls of one forward share a thread; others see no place at all
     seen = {"blocks": 0, "calls": 0}
 
     def dispatch(
@@ -75,9 +89,13 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
     ) -> Tensor:
         place = getattr(here, "place", None)
         if place is None:
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs
+            )
         if dropout_p or kwargs.get("parallel_config") is not None:
-            raise EngineError("Attention dropout and context parallelism cannot be compared: switch them off.")
+            raise EngineError(
+                "Attention dropout and context parallelism cannot be compared: switch them off."
+            )
         seen["calls"] += 1
         options = {"mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return route(place, query, key, value, options)
@@ -102,7 +120,8 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
         yield
     if seen["blocks"] and not seen["calls"]:
         raise EngineError(
-            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: pip install diffusers==0.42.1."
+            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: "
+            "pip install diffusers==0.42.1."
         )
 
 
@@ -220,7 +239,7 @@ class DiffusersEngine:
         )
 
     def _capture(self, request: Request, side: Side, on_step: OnStep) -> Captured:
-        """One run of ``side`` that keeps q, k, v of the prompt's own (conditional) forward, and x_t, of some steps."""
+        """One run of ``side`` that keeps, of some steps, x_t and q, k, v of the conditional forward."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         per_step = 3 * request.size.tokens * width * config.num_layers * self.dtype.itemsize
@@ -253,8 +272,10 @@ class DiffusersEngine:
         return captured
 
     @torch.inference_mode()
-    def _one_step(self, request: Request, captured: Captured, kernels: dict[str, Attend]) -> list[dict[str, Any]]:
-        """The guided velocity on the same x_t under each kernel, against exact attention computed the second way."""
+    def _one_step(
+        self, request: Request, captured: Captured, kernels: dict[str, Attend]
+    ) -> list[dict[str, Any]]:
+        """The guided velocity on the same x_t under each kernel, against exact attention the second way."""
         rows = []
         for step, sigma, x in captured.latents:
             truth = self._velocity(request, sigma, x, exact_second_way)
@@ -270,7 +291,7 @@ class DiffusersEngine:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (a CUDA GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``; raises InputError otherwise."""
+    """``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``; InputError otherwise."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -279,12 +300,14 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("This machine has no CUDA GPU that PyTorch can use: choose --device cpu.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0.")
+        raise InputError(
+            f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0."
+        )
     return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device: the GPU's model, or the processor's and how many threads PyTorch uses."""
+    """What a person calls the device: the GPU's model, or the processor's and PyTorch's threads."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"

@@ -52,8 +52,8 @@ class Request:
         pixels = self.size.width * self.size.height * self.size.frames
         if pixels > MAX_PIXELS or pixels * self.steps > MAX_WORK:
             raise InputError(
-                f"{self.size} at {self.steps} steps is more than this comparison takes on: give fewer pixels, frames "
-                f"or steps (832x480x81 at 50 steps is the most)."
+                f"{self.size} at {self.steps} steps is more than this comparison takes on: give fewer "
+                "pixels, frames or steps (832x480x81 at 50 steps is the most)."
             )
 
     def for_warm_up(self) -> Request:
@@ -68,7 +68,7 @@ def _bounded(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two contestants: how attention is wished for, and whether the reference may stand in for a kernel."""
+    """One contestant: how attention is wished for, and whether the reference may stand in for a kernel."""
 
     label: str
     precision: Precision
@@ -84,9 +84,9 @@ class Side:
 class Generation:
     """One run of one side.
 
-    video: uint8 (T, H, W, 3), or None until the engine's ``finish``. Times are in seconds, memory in bytes; None
-    means that this engine or device cannot tell. ``seconds_total`` is the sampling from prompt to latents: decoding
-    is timed apart, for the attention under test has no part in it.
+    video: uint8 (T, H, W, 3), or None until the engine's ``finish``. Times are in seconds, memory in bytes;
+    None means that this engine or device cannot tell. ``seconds_total`` is the sampling from prompt to
+    latents: decoding is timed apart, for the attention under test has no part in it.
     """
 
     seconds_total: float
@@ -104,10 +104,11 @@ class Generation:
 class Inspection:
     """What only an engine that holds the model can measure: the first two layers of quality.
 
-    ``replay``: one row per captured call: layer, kind ("self" or "cross"), step, tokens, and for each of "a", "b" and
-    "floor" the errors of ``metrics.attention_error`` against exact fp32 attention on the same q, k, v.
-    ``one_step``: one row per captured step: step, sigma, and the same errors of the predicted velocity on the same
-    x_t, against the model with exact attention computed the second way.
+    ``replay``: one row per captured call: layer, kind ("self" or "cross"), step, tokens, and for each of "a",
+    "b" and "floor" the errors of ``metrics.attention_error`` against exact fp32 attention on the same q,
+    k, v.
+    ``one_step``: one row per captured step: step, sigma, and the same errors of the predicted velocity on the
+    same x_t, against the model with exact attention computed the second way.
     """
 
     replay: list[dict[str, Any]] = field(default_factory=list)
@@ -141,11 +142,11 @@ class Engine(Protocol):
         ...
 
     def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection | None:
-        """One run of side A with q, k, v and x_t captured, replayed through both kernels; None if this engine cannot."""
+        """One run of side A, its q, k, v and x_t replayed through both kernels; None if it cannot."""
         ...
 
     def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
-        """One untimed run with exact attention, computed the usual way or a second way: the noise floor's two ends."""
+        """One untimed run with exact attention, the usual or a second way: the noise floor's two ends."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The comparison itself: what is run, in which order, and what is computed from it.
 
-``compare`` returns everything as plain data (for metrics.json, the terminal and the page) plus the videos. It knows
-engines only through their protocol.
+``compare`` returns everything as plain data (for metrics.json, the terminal and the page) plus the videos. It
+knows engines only through their protocol.
 """
 
 from __future__ import annotations
@@ -69,12 +69,18 @@ class Progress:
 
 
 def compare(
-    engine: Engine, request: Request, a: Side, b: Side, *, repeats: int = 3, on_progress: OnProgress | None = None
+    engine: Engine,
+    request: Request,
+    a: Side,
+    b: Side,
+    *,
+    repeats: int = 3,
+    on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Make the video with both sides and measure speed and quality.
 
-    Both sides are warmed up, then run in turn (A B A B ...), ``repeats`` times each; each side's video is decoded once.
-    Raises InputError for a request that cannot be served, EngineError when the engine fails.
+    Both sides are warmed up, then run in turn (A B A B ...), ``repeats`` times each; each side's video is
+    decoded once. Raises InputError for a request that cannot be served, EngineError when the engine fails.
     """
     if not 1 <= repeats <= MAX_REPEATS:
         raise InputError(f"The number of repeats is {repeats}: give 1 to {MAX_REPEATS}.")
@@ -155,7 +161,9 @@ def _finish(engine: Engine, generation: Generation, name: str, progress: Progres
 
 def _video(generation: Generation) -> np.ndarray:
     if generation.video is None or generation.video.ndim != 4 or generation.video.dtype != np.uint8:
-        raise EngineError("The engine returned no video: run the comparison again, and report this if it persists.")
+        raise EngineError(
+            "The engine returned no video: run the comparison again, and report this if it persists."
+        )
     return generation.video
 
 
@@ -286,12 +294,14 @@ def end_to_end(a: np.ndarray, b: np.ndarray, floor: tuple[np.ndarray, np.ndarray
 
 
 def pair(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Two videos: PSNR of the whole (all pixels of all frames pooled) and per frame, SSIM, and the worst frame.
+    """Two videos: PSNR of the whole (all pixels of all frames pooled) and per frame, SSIM, worst frame.
 
     PSNR is in dB, infinite (null in JSON) where nothing differs.
     """
     if a.shape != b.shape:
-        raise EngineError(f"The two videos differ in shape, {a.shape} and {b.shape}: compare the same size on both sides.")
+        raise EngineError(
+            f"The two videos differ in shape, {a.shape} and {b.shape}: compare the same size on both sides."
+        )
     per_frame = [float(x) for x in psnr(a, b)]
     similarity = [float(x) for x in ssim(a, b)]
     worst = worst_frame(per_frame)
@@ -318,5 +328,3 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-

@@ -1,7 +1,7 @@
-"""report.html: one file that says what happened, with every image inside it and nothing fetched from anywhere.
+"""report.html: one file that says what happened, every image inside it, nothing fetched from anywhere.
 
-Text from outside (the prompt, a server's node reasons) reaches the page only through ``html.escape`` or as escaped
-JSON, and the page's own policy forbids every script and style but the two whose hashes it names.
+Text from outside (the prompt, a server's node reasons) reaches the page only through ``html.escape`` or as
+escaped JSON, and the page's own policy forbids every script and style but the two whose hashes it names.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from .tables import (
 )
 
 DIFFERENCE_GAIN = 8
+NO_TENSORS = (
+    "This engine does not hand out the model's tensors, so the kernel and the single step were not measured "
+    "on their own: use the diffusers engine for those."
+)
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -52,12 +56,13 @@ def report_html(m: dict[str, Any], videos: dict[str, np.ndarray]) -> str:
         _player(m, videos, difference, worst),
         _reading_help(m),
         f"<section><h2>Quality</h2>{_quality(m)}</section>",
-        f"<section><h2>Prompt, detail by detail</h2>{_table(adherence_rows(m), _heads(m, 'prompt asked for'))}</section>",
+        f"<section><h2>Prompt, detail by detail</h2>{_adherence(m)}</section>",
         f"<section><h2>Where the error is</h2>{_plots(m)}</section>",
         f"<section><h2>Time</h2>{_timing(m)}</section>",
         f"<section><h2>What ran, and why</h2>{_ran(a)}{_ran(b)}</section>",
         f"<section><h2>Make it again</h2><pre>{escape(command(m))}</pre>{_environment(m)}</section>",
     ]
+    data = _json(_player_data(m, videos, worst))
     title = f"{a['precision']} or {b['precision']}: {m['request']['prompt']}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -66,7 +71,7 @@ def report_html(m: dict[str, Any], videos: dict[str, np.ndarray]) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
-        + f'\n</main>\n<script type="application/json" id="data">{_json(_player_data(m, videos, worst))}</script>\n'
+        + f'\n</main>\n<script type="application/json" id="data">{data}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
@@ -78,7 +83,7 @@ def amplified_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def sheet(video: np.ndarray) -> tuple[np.ndarray, int]:
-    """All frames in one picture, row by row, and its number of columns: one image that a canvas can cut from."""
+    """All frames in one picture, row by row, for a canvas to cut from, and its number of columns."""
     frames, height, width, _ = video.shape
     columns = math.ceil(math.sqrt(frames))
     rows = math.ceil(frames / columns)
@@ -108,7 +113,7 @@ def _player(m: dict[str, Any], videos: dict[str, np.ndarray], difference: np.nda
         '<div class="controls"><button id="play" type="button">Pause</button>'
         f'<input id="scrub" type="range" min="0" max="{frames - 1}" value="0" step="1" aria-label="Frame">'
         '<output id="where"></output><button id="worst" type="button">Worst frame</button></div>'
-        f'<noscript><p>Without scripts: frame {worst + 1}, where the sides differ most (A, B, difference).</p>'
+        f"<noscript><p>Without scripts: frame {worst + 1}, where the sides differ most.</p>"
         f'<img class="still" alt="A, B and their difference" src="{_uri(_png(still))}"></noscript></section>'
     )
 
@@ -142,15 +147,17 @@ def _request(m: dict[str, Any]) -> str:
 
 
 def _reading_help(m: dict[str, Any]) -> str:
-    return (
-        "<details><summary>How to read this</summary><p>Both videos start from the same noise and the same prompt; only "
-        "the arithmetic of attention differs. A difference therefore does not mean that a video is worse: small errors "
-        "steer the sampling onto another path, and 20 to 30 dB is usual for good methods.</p><p>The <b>noise floor</b> is "
-        f"how far apart two runs are that are both exact ({escape(m['quality']['noise_floor_method'])}). A side that is as "
-        "close as the noise floor cannot be told from exact.</p><p><b>Motion energy</b> is how much changes from frame to "
-        "frame, <b>flicker</b> how unevenly it does; a side that freezes or trembles shows here.</p><p>"
-        f"{escape(m['quality']['end_to_end']['ssim_convention'])}.</p></details>"
-    )
+    method = escape(m["quality"]["noise_floor_method"])
+    convention = escape(m["quality"]["end_to_end"]["ssim_convention"])
+    return f"""<details><summary>How to read this</summary>
+<p>Both videos start from the same noise and the same prompt; only the arithmetic of attention
+differs. A difference therefore does not mean that a video is worse: small errors steer the sampling
+onto another path, and 20 to 30 dB is usual for good methods.</p>
+<p>The <b>noise floor</b> is how far apart two runs are that are both exact ({method}). A side that
+is as close as the noise floor cannot be told from exact.</p>
+<p><b>Motion energy</b> is how much changes from frame to frame, <b>flicker</b> how unevenly it
+does; a side that freezes or trembles shows here.</p>
+<p>{convention}.</p></details>"""
 
 
 def _quality(m: dict[str, Any]) -> str:
@@ -158,11 +165,12 @@ def _quality(m: dict[str, Any]) -> str:
     for title, rows in quality_rows(m):
         body += f'<tr class="section"><th scope="colgroup" colspan="4">{escape(title)}</th></tr>'
         body += "".join(_row(row, 4) for row in rows)
-    missing = "" if m["quality"]["replay"] else (
-        "<p class=muted>This engine cannot hand out the model's tensors, so the kernel and the single step were not "
-        "measured on their own: use the diffusers engine for those.</p>"
-    )
+    missing = "" if m["quality"]["replay"] else f"<p class=muted>{escape(NO_TENSORS)}</p>"
     return f"{_note(m)}{_wrap(_head_row(_heads(m, '')) + body)}{missing}"
+
+
+def _adherence(m: dict[str, Any]) -> str:
+    return _table(adherence_rows(m), _heads(m, "prompt asked for"))
 
 
 def _timing(m: dict[str, Any]) -> str:
@@ -182,7 +190,9 @@ def _note(m: dict[str, Any]) -> str:
 
 
 def _plots(m: dict[str, Any]) -> str:
-    pairs = [("PSNR of every frame, B against A, next to the noise floor", psnr_plot(m), psnr_plot(m, "dark"))]
+    pairs = [
+        ("PSNR of every frame, B against A, next to the noise floor", psnr_plot(m), psnr_plot(m, "dark"))
+    ]
     light, dark = error_plot(m), error_plot(m, "dark")
     if light and dark:
         pairs.append(("Attention error of side B for every layer and captured step", light, dark))
@@ -192,7 +202,8 @@ def _plots(m: dict[str, Any]) -> str:
 def _picture(caption: str, light: bytes, dark: bytes) -> str:
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_uri(dark)}">'
-        f'<img alt="{escape(caption)}" src="{_uri(light)}"></picture><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<img alt="{escape(caption)}" '
+        f'src="{_uri(light)}"></picture><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 
@@ -202,7 +213,9 @@ def _ran(side: dict[str, Any]) -> str:
         f"{', a fallback' if line['fell_back'] else ''}: {escape(str(line['reason']))}</li>"
         for line in side["report"]
     )
-    return f"<h3>{escape(side_title(side))}</h3><ul>{lines or '<li>no attention calls were reported</li>'}</ul>"
+    return (
+        f"<h3>{escape(side_title(side))}</h3><ul>{lines or '<li>no attention calls were reported</li>'}</ul>"
+    )
 
 
 def _environment(m: dict[str, Any]) -> str:
@@ -224,7 +237,9 @@ def _wrap(inner: str) -> str:
 
 def _head_row(heads: Sequence[str]) -> str:
     first, *rest = heads
-    return f"<tr><th>{escape(first)}</th>" + "".join(f'<th scope="col">{escape(h)}</th>' for h in rest) + "</tr>"
+    return (
+        f"<tr><th>{escape(first)}</th>" + "".join(f'<th scope="col">{escape(h)}</th>' for h in rest) + "</tr>"
+    )
 
 
 def _row(row: Row, columns: int) -> str:

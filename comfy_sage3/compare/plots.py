@@ -1,4 +1,4 @@
-"""The two plots: PSNR of every frame, and attention error of every layer and step. PNG bytes, light or dark."""
+"""The two plots as PNG, light or dark: PSNR of every frame, attention error of every layer and step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def psnr_plot(m: dict[str, Any], theme: str = "light") -> bytes:
     """PSNR of B against A per frame, next to the noise floor."""
     end = m["quality"]["end_to_end"]
     figure, axes = _figure(theme, (6.4, 3.2))
-    series = (("B against A", end["a_vs_b"], "-o", 3), ("noise floor (exact, two ways)", end["noise_floor"], "--s", 2))
+    series = (
+        ("B against A", end["a_vs_b"], "-o", 3),
+        ("noise floor (two exact runs)", end["noise_floor"], "--s", 2),
+    )
     identical = False
     for (name, pair, style, order), colour in zip(series, COLOURS[theme], strict=True):
         values = [CEILING if v is None else min(v, CEILING) for v in pair["psnr_per_frame"]]
@@ -38,7 +41,7 @@ def psnr_plot(m: dict[str, Any], theme: str = "light") -> bytes:
 
 
 def error_plot(m: dict[str, Any], theme: str = "light") -> bytes | None:
-    """Relative L1 error of side B's attention per layer and step, one map each for self- and cross-attention."""
+    """Relative L1 error of B's attention per layer and step: a map each for self- and cross-attention."""
     if not m["quality"]["replay"]:
         return None
     rows = m["quality"]["replay"]["rows"]

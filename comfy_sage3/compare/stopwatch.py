@@ -1,4 +1,4 @@
-"""Time on a device: CUDA events where there is a GPU (so that reading the clock stalls nothing), else the wall clock."""
+"""Time on a device: CUDA events on a GPU (reading the clock then stalls nothing), else the wall clock."""
 
 from __future__ import annotations
 
@@ -38,5 +38,7 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int | None:
-        """Most bytes that tensors held on the device since the reset; None on a CPU, which keeps no such count."""
+        """Most bytes that tensors held on the device since the reset; None on a CPU, which keeps no such
+        count.
+        """
         return torch.cuda.max_memory_allocated(self.device) if self._cuda else None

@@ -1,4 +1,4 @@
-"""The comparison in words and rows: one source for the terminal and the page, so that they cannot disagree."""
+"""The comparison in words and rows, for terminal and page alike, so that the two cannot disagree."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
     verdict += f" and followed the prompt {_versus(kept['b'], kept['a'])}." if kept["a"][1] else "."
     for side in (a, b):
         if side["fell_back"]:
-            verdict += f" Side {side['label']} did not run as {side['precision']} throughout: see what ran, and why."
-    apart = "gives the same frames" if floor["identical"] else f"differs by {_apart(floor)}"
-    numbers = f"Between the sides: {_apart(pair)}. The noise floor, exact attention computed two ways, {apart}."
+            verdict += (
+                f" Side {side['label']} did not run as {side['precision']} throughout: see what ran, and why."
+            )
+    apart = "give the same frames" if floor["identical"] else f"differ by {_apart(floor)}"
+    numbers = f"Between the sides: {_apart(pair)}. Two exact runs (the noise floor) {apart}."
     return verdict, numbers
 
 
@@ -80,7 +82,9 @@ def quality_rows(m: dict[str, Any]) -> list[tuple[str, list[Row]]]:
             rows = error_rows(q["replay"]["summary"][kind])
             sections.append((f"1. Same tensors, each kernel ({where}, against exact fp32)", rows))
     if q["one_step"]:
-        sections.append(("2. Same noisy video, one step (against exact)", error_rows(q["one_step"]["summary"])))
+        sections.append(
+            ("2. Same noisy video, one step (against exact)", error_rows(q["one_step"]["summary"]))
+        )
     sections.append(
         (
             "3. The finished videos (B against A)",
@@ -147,9 +151,13 @@ def timing_rows(m: dict[str, Any]) -> list[Row]:
         "attention_seconds": "attention in one run",
     }
     rows = [Row(name, _spread(t["a"][key]), _spread(t["b"][key])) for key, name in names.items()]
-    rows.append(Row("decoding the video", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"])))
+    rows.append(
+        Row("decoding the video", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"]))
+    )
     rows.append(Row("building kernels", _build(t["a"], m["sides"]["a"]), _build(t["b"], m["sides"]["b"])))
-    rows.append(Row("peak GPU memory", _bytes(t["a"]["peak_memory_bytes"]), _bytes(t["b"]["peak_memory_bytes"])))
+    rows.append(
+        Row("peak GPU memory", _bytes(t["a"]["peak_memory_bytes"]), _bytes(t["b"]["peak_memory_bytes"]))
+    )
     return rows
 
 
@@ -167,7 +175,14 @@ def command(m: dict[str, Any]) -> str:
     """The command that makes this comparison again."""
     r, a, b = m["request"], m["sides"]["a"], m["sides"]["b"]
     words = ["python", "-m", "comfy_sage3", "compare", "--prompt", r["prompt"], "--a", a["precision"]]
-    words += ["--b", b["precision"], "--seed", str(r["seed"]), "--size", f"{r['width']}x{r['height']}x{r['frames']}"]
+    words += [
+        "--b",
+        b["precision"],
+        "--seed",
+        str(r["seed"]),
+        "--size",
+        f"{r['width']}x{r['height']}x{r['frames']}",
+    ]
     words += ["--steps", str(r["steps"]), "--cfg", f"{r['cfg']:g}", "--shift", f"{r['shift']:g}"]
     words += ["--repeats", str(m["timing"]["repeats"]), "--engine", m["environment"]["engine"]]
     if "server" in m["environment"]:
@@ -188,7 +203,10 @@ def terminal(m: dict[str, Any]) -> str:
     for title, rows in quality_rows(m):
         lines.append(title)
         lines += [f"  {r.name:<30} {r.a:>20} {r.b:>20} {r.floor:>20}" for r in rows]
-    lines += ["", f"Time, median (min to max) of {m['timing']['repeats']} runs each, order {m['timing']['order']}"]
+    lines += [
+        "",
+        f"Time, median (min to max) of {m['timing']['repeats']} runs each, order {m['timing']['order']}",
+    ]
     if m["note"]:
         lines.append(f"  {m['note']}")
     lines.append(f"  {'':<22} {side_title(a):>34} {side_title(b):>34}")
@@ -198,7 +216,9 @@ def terminal(m: dict[str, Any]) -> str:
     for side in (a, b):
         for line in side["report"]:
             mark = "fell back: " if line["fell_back"] else ""
-            lines.append(f"  {side['label']}: {line['calls']} calls on {line['kernel']} ({mark}{line['reason']})")
+            lines.append(
+                f"  {side['label']}: {line['calls']} calls on {line['kernel']} ({mark}{line['reason']})"
+            )
         if not side["report"]:
             lines.append(f"  {side['label']}: no attention calls were reported")
     return "\n".join(lines)

@@ -49,7 +49,12 @@ class StandInEngine:
         line["fell_back"] = not kernel.startswith(wished)
         total = self.seconds[wished][past % 3]
         return Generation(
-            total, [total / request.steps] * request.steps, [line], total / 2, None, handle=side.precision.value
+            total,
+            [total / request.steps] * request.steps,
+            [line],
+            total / 2,
+            None,
+            handle=side.precision.value,
         )
 
     def exact(self, request, second_way, on_step):
@@ -82,7 +87,9 @@ class StandInEngine:
 
 def frames(size: Size, offset: int) -> np.ndarray:
     """Noise by a fixed seed, one step of ``offset`` in a part of the second frame: (T, H, W, 3) uint8."""
-    video = np.random.default_rng(0).integers(20, 200, (size.frames, size.height, size.width, 3)).astype(np.uint8)
+    video = (
+        np.random.default_rng(0).integers(20, 200, (size.frames, size.height, size.width, 3)).astype(np.uint8)
+    )
     video[1, :8] += np.uint8(offset)
     return video
 

@@ -23,7 +23,18 @@ def ran(tmp_path_factory):
         told, warned = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", told)
         patch.setattr("sys.stderr", warned)
-        status = main(["compare", "--prompt", "a small blue square standing still", "--seed", "5", "--out", str(out), *SMALL])
+        status = main(
+            [
+                "compare",
+                "--prompt",
+                "a small blue square standing still",
+                "--seed",
+                "5",
+                "--out",
+                str(out),
+                *SMALL,
+            ]
+        )
     assert status == 0, warned.getvalue()
     return out, told.getvalue(), warned.getvalue()
 
@@ -116,7 +127,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, signal
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
-        command.Bar, "__call__", lambda self, fraction, doing: os.kill(os.getpid(), getattr(signal, signal_name))
+        command.Bar,
+        "__call__",
+        lambda self, fraction, doing: os.kill(os.getpid(), getattr(signal, signal_name)),
     )
     assert main(["compare", "--out", str(tmp_path / "out"), *SMALL]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+
 from comfy_sage3.compare import diffusers_engine
 from comfy_sage3.compare.diffusers_engine import DiffusersEngine, pick_device, routed, wan_module
 from comfy_sage3.compare.engine import Request, Side, is_emulated
@@ -84,7 +85,10 @@ def test_cancelling_a_step_undoes_the_patch(engine):
     def cancel(done, steps):
         raise KeyboardInterrupt
 
-    for run in (lambda: engine.generate(REQUEST, FP4, cancel), lambda: engine.inspect(REQUEST, EXACT, FP4, cancel)):
+    for run in (
+        lambda: engine.generate(REQUEST, FP4, cancel),
+        lambda: engine.inspect(REQUEST, EXACT, FP4, cancel),
+    ):
         with pytest.raises(KeyboardInterrupt):
             run()
         assert wan_module().dispatch_attention_fn is original
@@ -109,14 +113,21 @@ def test_other_models_and_other_threads_keep_diffusers_own_path(engine):
 
 def test_a_transformer_that_ran_without_a_call_is_an_error(engine):
     block = engine.transformer.blocks[0].attn1
-    with pytest.raises(EngineError, match="without calling dispatch_attention_fn"), routed(engine.transformer, None):
-        for hook in block._forward_pre_hooks.values():
-            hook(block, ())  # the block was entered, and no attention followed
+
+    def enter_and_call_nothing():
+        with routed(engine.transformer, None):
+            for hook in block._forward_pre_hooks.values():
+                hook(block, ())
+
+    with pytest.raises(EngineError, match="without calling dispatch_attention_fn"):
+        enter_and_call_nothing()
 
 
 def test_a_diffusers_that_routes_otherwise_is_refused(monkeypatch):
     monkeypatch.delattr(importlib.import_module(diffusers_engine.WAN_MODULE), "dispatch_attention_fn")
-    with pytest.raises(EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install diffusers=="):
+    with pytest.raises(
+        EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install diffusers=="
+    ):
         DiffusersEngine("cpu")
 
 
@@ -184,7 +195,9 @@ def test_inspection_measures_every_layer_and_step_against_exact(engine):
 
 def test_warm_up_is_short(engine):
     steps = []
-    engine.warm_up(Request(REQUEST.prompt, SIZE, steps=9), EXACT, lambda done, total: steps.append((done, total)))
+    engine.warm_up(
+        Request(REQUEST.prompt, SIZE, steps=9), EXACT, lambda done, total: steps.append((done, total))
+    )
     assert steps == [(1, 2), (2, 2)]
 
 

@@ -83,7 +83,12 @@ def test_metrics_are_strict_json_of_the_stated_schema(standin, request_, sides):
 
 def test_the_noise_floor_stands_next_to_every_layer(standin, request_, sides):
     q = compare(standin, request_, *sides).metrics["quality"]
-    assert q["replay"]["summary"]["self"]["floor"] == {"cosine": 0.5, "relative_l1": 0.25, "rmse": 0.125, "max_abs": 2}
+    assert q["replay"]["summary"]["self"]["floor"] == {
+        "cosine": 0.5,
+        "relative_l1": 0.25,
+        "rmse": 0.125,
+        "max_abs": 2,
+    }
     assert "floor" in q["one_step"]["summary"]
     end = q["end_to_end"]
     assert end["noise_floor"]["psnr"] > end["a_vs_b"]["psnr"]

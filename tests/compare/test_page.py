@@ -52,7 +52,7 @@ def make(standin, request_, monkeypatch):
     def page(precision: Precision = Precision.FP4, prompt: str | None = None, reason: str | None = None):
         request = request_
         if prompt is not None:  # an engine of another model may take any text
-            monkeypatch.setattr(measure, "parse", lambda text: Scene())
+            monkeypatch.setattr(measure, "parse", lambda _: Scene())
             request = dataclasses.replace(request_, prompt=prompt)
         c = measure.compare(standin, request, Side("A", Precision.EXACT), Side("B", precision), repeats=1)
         if reason is not None:
@@ -77,7 +77,8 @@ def test_nothing_is_fetched_from_anywhere(make):
 def test_the_policy_allows_exactly_the_scripts_and_styles_there_are(make):
     html, _ = make()
     reader = Reader(html)
-    policy = next(a["content"] for t, a in reader.elements if a.get("http-equiv") == "Content-Security-Policy")
+    named = "Content-Security-Policy"
+    policy = next(a["content"] for _, a in reader.elements if a.get("http-equiv") == named)
     code = re.search(r"<script>(.*?)</script>", html, re.S).group(1)
     style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
     for directive, text in (("script-src", code), ("style-src", style)):
