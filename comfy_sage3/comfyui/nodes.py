@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
+import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..demo.load import TRANSFORMER_FILE, VAE_FILE, verify, weights_folder
 from ..demo.prompts import embed, parse
-from ..errors import InputError
+from ..errors import InputError, WeightsError
 from ..precision import Precision, PrecisionPlan
 from . import status
 from .override import Hook, hooks_of, install
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "demo" / "weights"
+log = logging.getLogger("comfy_sage3")
 EXAMPLE = "a large red circle moving left quickly on a black background"
 
 
 def register_weights() -> None:
-    """Let the stock UNETLoader and VAELoader list the bundled weights."""
+    """Let the stock UNETLoader and VAELoader list the bundled weights, if they are what was shipped."""
     import folder_paths
 
-    for kind in ("diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(kind, str(WEIGHTS))
+    for kind, name in (("diffusion_models", TRANSFORMER_FILE), ("vae", VAE_FILE)):
+        try:
+            verify(weights_folder() / name)
+        except WeightsError as error:  # the attention node is of use without them
+            log.error("The bundled demo model is not offered: %s", error)
+        else:
+            folder_paths.add_model_folder_path(kind, str(weights_folder()))
 
 
 def _advanced(make: Any, *args: Any, **options: Any) -> Any:

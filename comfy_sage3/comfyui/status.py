@@ -26,10 +26,7 @@ def text(hook: Hook) -> str:
     )
     if kept:
         head += f", {kept} left exact"
-    rows = [f"{x['calls']} x {x['kernel']}: {x['reason']}" for x in lines]
-    if any("emulated" in x["kernel"] for x in lines):
-        rows.append("emulated: quality is real, speed is not")
-    return "\n".join([head, *rows])
+    return "\n".join([head, *(f"{x['calls']} x {x['kernel']}: {x['reason']}" for x in lines)])
 
 
 def publish(hook: Hook) -> None:

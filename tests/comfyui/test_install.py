@@ -97,8 +97,8 @@ def test_status_text_names_every_outcome(comfy):
     assert head == "7 attention calls: 4 accelerated, 1 fell back, 2 left exact"
     assert "1 x exact: a reason" in rows
     assert "2 x exact: fewer than 64 tokens" in rows
-    assert any(r.startswith("4 x fp4-emulated") for r in rows)
-    assert "speed is not" in rows[-1]
+    (emulated,) = [r for r in rows if r.startswith("4 x fp4-emulated")]
+    assert "the quality is real, the speed is not" in emulated
 
 
 def test_a_model_that_never_calls_the_hook_is_reported(comfy, caplog):

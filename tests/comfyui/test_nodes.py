@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from comfy_sage3.comfyui.override import hooks_of
+from comfy_sage3.demo import load
+from comfy_sage3.demo.load import weights_folder
 from comfy_sage3.demo.prompts import embed
 from comfy_sage3.errors import InputError
 
@@ -56,6 +59,20 @@ def test_the_bundled_weights_are_listed(nodes):
     folders = sys.modules["folder_paths"].folders
     assert set(folders) == {"diffusion_models", "vae"}
     assert all((Path(p[0]) / "sage3_demo_wan.safetensors").is_file() for p in folders.values())
+
+
+def test_altered_weights_are_not_offered(nodes, tmp_path, monkeypatch, caplog):
+    for name in ("weights.json", "sage3_demo_wan.safetensors", "sage3_demo_vae.safetensors"):
+        shutil.copy(weights_folder() / name, tmp_path)
+    with (tmp_path / "sage3_demo_wan.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"altered")
+    monkeypatch.setattr(load, "weights_folder", lambda: tmp_path)
+    monkeypatch.setattr(nodes, "weights_folder", lambda: tmp_path)
+    nodes.register_weights()
+    assert sys.modules["folder_paths"].folders == {"vae": [str(tmp_path)]}
+    (record,) = caplog.records
+    assert "was altered" in record.getMessage()
 
 
 def run_attention(nodes, comfy, **changes):
