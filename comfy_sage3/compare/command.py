@@ -72,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
     check_out(out)
     with _terminable():
         engine = _engine(args)
+        bar = Bar(sys.stderr)
         try:
-            bar = Bar(sys.stderr)
             comparison = compare(engine, request, a, b, repeats=args.repeats, on_progress=bar)
             bar.done()
         finally:
+            bar.close()
             engine.close()
         write(comparison, out)
     print(terminal(comparison.metrics))
@@ -124,7 +125,10 @@ class Bar:
     def done(self) -> None:
         """Fill the bar and say how long it took."""
         self(1.0, f"done in {time.monotonic() - self._start:.0f} s")
-        if self._live:
+
+    def close(self) -> None:
+        """Leave the bar's line, so that what follows starts on its own."""
+        if self._live and self._doing:
             print(file=self._stream)
 
 

@@ -81,6 +81,7 @@ def test_the_bar_on_a_terminal_stays_on_one_line():
     bar(0.0, "first")
     bar(0.5, "x" * 200)
     bar.done()
+    bar.close()
     drawn = stream.getvalue().split("\r")[1:]
     assert all(len(line.rstrip("\n")) == 79 for line in drawn)
     assert stream.getvalue().count("\n") == 1

@@ -19,6 +19,14 @@ def comparison(standin, request_, sides):
     return compare(standin, request_, *sides, repeats=1)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """The folder's own rules need no real plots."""
+    for name in ("psnr_plot", "error_plot"):
+        monkeypatch.setattr(output, name, lambda m: b"plot")
+    monkeypatch.setattr(output, "report_html", lambda m, videos: "page")
+
+
 def test_every_file_is_there_and_lossless(comparison, tmp_path):
     out = output.write(comparison, tmp_path / "deep" / "out")
     assert sorted(p.name for p in out.iterdir()) == [
@@ -54,7 +62,7 @@ def test_the_attention_plot_is_left_out_where_nothing_was_captured(standin, requ
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_nothing(comparison, tmp_path, monkeypatch, error):
+def test_an_interrupted_write_leaves_nothing(comparison, quick, tmp_path, monkeypatch, error):
     def stop(*_):
         raise error
 
@@ -64,7 +72,7 @@ def test_an_interrupted_write_leaves_nothing(comparison, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_earlier_comparison_is_replaced_whole(comparison, tmp_path):
+def test_an_earlier_comparison_is_replaced_whole(comparison, quick, tmp_path):
     out = output.write(comparison, tmp_path / "out")
     (out / "a" / "9999.png").write_bytes(b"left over")
     output.write(comparison, out)
@@ -72,7 +80,7 @@ def test_an_earlier_comparison_is_replaced_whole(comparison, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_earlier_comparison_survives_a_failed_replacement(comparison, tmp_path, monkeypatch):
+def test_an_earlier_comparison_survives_a_failed_replacement(comparison, quick, tmp_path, monkeypatch):
     out = output.write(comparison, tmp_path / "out")
     before = (out / "report.html").read_text()
     monkeypatch.setattr(output, "psnr_plot", lambda m: 1 / 0)
@@ -82,7 +90,7 @@ def test_an_earlier_comparison_survives_a_failed_replacement(comparison, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_earlier_comparison_comes_back_when_the_last_rename_fails(comparison, tmp_path, monkeypatch):
+def test_an_earlier_comparison_comes_back_when_the_last_rename_fails(comparison, quick, tmp_path, monkeypatch):
     out = output.write(comparison, tmp_path / "out")
     rename = output.Path.rename
 
