@@ -99,7 +99,7 @@ def _player(m: dict[str, Any], videos: dict[str, np.ndarray], difference: np.nda
     shown = (
         ("a", videos["a"], side_title(a)),
         ("b", videos["b"], side_title(b)),
-        ("d", difference, f"Difference, {DIFFERENCE_GAIN} times amplified: black where they agree"),
+        ("d", difference, f"Difference × {DIFFERENCE_GAIN} (black: the same)"),
     )
     figures = "".join(
         f'<figure><canvas width="{width}" height="{height}" data-sheet="sheet-{key}" role="img" '

@@ -47,7 +47,8 @@
     }
   });
 
-  Promise.all(sheets.map((sheet) => sheet.decode())).then(() => {
+  show(0);
+  Promise.all(sheets.map((sheet) => sheet.decode().catch(() => {}))).then(() => {
     show(0);
     setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
   });
