@@ -6,7 +6,7 @@ import inspect
 import logging
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..demo.load import TRANSFORMER_FILE, VAE_FILE, verify, weights_folder
 from ..demo.prompts import embed, parse
@@ -156,7 +156,8 @@ class Sage3Report(io.ComfyNode):
         message = "\n".join(status.text(h) for h in hooks)
         if not hooks:
             message = "This model did not go through a Sage3 Attention node: attention is ComfyUI's own."
-        return io.NodeOutput(model, latent, message, ui=ui.PreviewText(message))
+        shown = {"text": [message], "sage3": [line for h in hooks for line in h.report.lines()]}
+        return io.NodeOutput(model, latent, message, ui=shown)
 
 
 class Sage3DemoPrompt(io.ComfyNode):

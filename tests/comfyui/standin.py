@@ -165,13 +165,6 @@ def modules() -> dict[str, types.ModuleType]:
         **kinds,
     )
 
-    class PreviewText:
-        def __init__(self, value):
-            self.value = value
-
-        def as_dict(self):
-            return {"text": (self.value,)}
-
     class ComfyExtension:
         pass
 
@@ -185,7 +178,6 @@ def modules() -> dict[str, types.ModuleType]:
         "comfy_api.latest": module(
             "comfy_api.latest",
             io=io,
-            ui=types.SimpleNamespace(PreviewText=PreviewText),
             ComfyExtension=ComfyExtension,
         ),
         "comfy_execution": module("comfy_execution"),

@@ -93,8 +93,8 @@ def test_attention_node_then_report_node(nodes, comfy):
     out = nodes.Sage3Report.execute(model, latent)
     assert out.args[:2] == (model, latent)
     assert out.args[2].startswith("4 attention calls: 4 accelerated, 0 fell back")
-    assert out.ui.as_dict() == {"text": (out.args[2],)}
     (hook,) = hooks_of(model)
+    assert out.ui == {"text": [out.args[2]], "sage3": hook.report.lines()}
     assert hook.node_id == "7"
     assert hook.prompt_id == "prompt-1"
 

@@ -114,6 +114,11 @@ def test_both_sides_run_and_report(client, tmp_path):
     )
     assert f"{half} x fp4-emulated" in fp4
     assert f"{half} x exact: fewer than 16 tokens" in fp4
+    lines = entry["outputs"]["22"]["sage3"]
+    assert {(x["kernel"], x["calls"], x["fell_back"]) for x in lines} == {
+        ("fp4-emulated", half, False),
+        ("exact", half, False),
+    }
     a, b = latent(paths, "exact"), latent(paths, "fp4")
     assert a.isfinite().all()
     assert b.isfinite().all()
