@@ -178,16 +178,11 @@ def test_an_unknown_word_is_refused_before_anything_runs(client):
 
 def test_a_failing_node_is_named(client):
     made = workflow("text_to_video_ab_latent")
-    made["5"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
-    made["2"]["inputs"]["shift"] = 3.0
-    made["21"]["inputs"]["positive"] = ["4", 0]
-    made["13"]["inputs"]["samples"] = ["12", 1]
-    made["30"] = {
-        "class_type": "LatentComposite",
-        "inputs": {"samples_to": ["5", 0], "samples_from": ["12", 1], "x": 0, "y": 0, "feather": 0},
-    }
-    made["31"] = {"class_type": "SaveLatent", "inputs": {"samples": ["30", 0], "filename_prefix": "x"}}
-    with pytest.raises(EngineError, match=r"^Node \d+ \(\w+\) failed: "):
+    made["3"] = made["4"] = {
+        "class_type": "LotusConditioning",
+        "inputs": {},
+    }  # 1024 wide; the model wants 4096
+    with pytest.raises(EngineError, match=r"^Node \d1 \(KSampler\) failed: RuntimeError: "):
         client.wait(client.submit(made), timeout=300)
 
 
