@@ -33,6 +33,11 @@ class Size:
         _, t, h, w = self.latent_shape
         return t * (h // 2) * (w // 2)
 
+    @property
+    def shift(self) -> float:
+        """The schedule shift the model is trained and sampled with: long sequences decide their layout at higher noise."""
+        return 3.0 if self.tokens < 2048 else 7.0
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"
 

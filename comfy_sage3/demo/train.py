@@ -35,7 +35,7 @@ from .sizes import CPU_SIZE, GPU_SIZE, Size
 
 SMALL_SIZE = Size(width=64, height=64, frames=9)  # 48 tokens: most of the learning happens here, cheaply
 VAE_BATCHES = {"small": (48, 9, 64), "large": (8, 17, 128)}  # clips, frames, window in pixels
-LATENT_SETS = {SMALL_SIZE: (80_000, 512), CPU_SIZE: (24_000, 128), GPU_SIZE: (800, 6)}  # clips encoded, batch
+LATENT_SETS = {SMALL_SIZE: (8_000, 512), CPU_SIZE: (8_000, 128), GPU_SIZE: (900, 6)}  # clips encoded, batch
 SCORED = {SMALL_SIZE: (200, 100), CPU_SIZE: (200, 50), GPU_SIZE: (24, 4)}  # held-out prompts, batch
 
 RECONSTRUCTED = {SMALL_SIZE: 64, CPU_SIZE: 64, GPU_SIZE: 8}  # clips through the VAE and back
@@ -79,7 +79,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "cpu"
         )
-        self.step, self.before, self.curve = 0, 0.0, []
+        self.step, self.offset, self.before, self.curve = 0, 0, 0.0, []
         if self.path.exists():
             self._resume()
         self.start = time.monotonic()
@@ -110,7 +110,7 @@ class Trainer:
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
         if self.step % 100 == 0 or self.step < 3:
             seconds = self.progress * self.budget
-            row = {"step": self.step, "seconds": round(seconds, 1), "loss": round(loss.item(), 5), **(log or {})}
+            row = {"step": self.step + self.offset, "seconds": round(seconds, 1), "loss": round(loss.item(), 5), **(log or {})}
             self.curve.append(row)
             if self.step % 500 == 0 or self.step < 3:
                 print(self.path.name.split(".")[0], row, flush=True)
@@ -118,11 +118,13 @@ class Trainer:
     def _save(self) -> None:
         from safetensors.torch import save_file
 
+        if not self.step:
+            return  # too short a slice: nothing was learnt, and Adam has no moments yet
         tensors = {f"model.{k}": p.detach() for k, p in self.parameters.items()}
         tensors |= {f"ema.{k}": p for k, p in self.ema.items()}
         for k, p in self.parameters.items():
             tensors |= {f"{n}.{k}": t for n, t in self.optimizer.state[p].items() if t.ndim}
-        state = {"step": self.step, "seconds": self.progress * self.budget, "curve": self.curve}
+        state = {"step": self.step, "offset": self.offset, "seconds": self.progress * self.budget, "curve": self.curve}
         save_file({k: t.contiguous() for k, t in tensors.items()}, self.path, {"state": json.dumps(state)})
 
     def _resume(self) -> None:
@@ -135,7 +137,17 @@ class Trainer:
                 self.ema[k].copy_(file.get_tensor(f"ema.{k}"))
                 moments = {n: file.get_tensor(f"{n}.{k}").to(p) for n in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device), **moments}
-        self.step, self.before, self.curve = state["step"], state["seconds"], state["curve"]
+        self.step, self.offset = state["step"], state["offset"]
+        self.before, self.curve = state["seconds"], state["curve"]
+
+    def go_on_from(self, state: dict[str, Tensor], curve: list[dict[str, Any]]) -> None:
+        """Continue from exported weights when the checkpoint is gone: same schedule and curve, fresh moments."""
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(state[k])
+                self.ema[k].copy_(state[k])
+        self.curve, self.before = curve, curve[-1]["seconds"]
+        self.offset = curve[-1]["step"]
 
     def finished(self) -> dict[str, Tensor]:
         """The averaged weights."""
@@ -324,6 +336,10 @@ def train_transformer(args: argparse.Namespace) -> None:
 
     model = load.new_transformer().to(args.device)
     trainer = Trainer("transformer", model, args, rate=1e-3, decay=0.4)
+    if not trainer.step and (args.out / load.TRANSFORMER_FILE).exists():
+        earlier = _exported(args, load.TRANSFORMER_FILE, load.new_transformer(), "convert_wan_transformer_to_diffusers")
+        history = json.loads((args.out / load.CARD_FILE).read_text(encoding="utf-8"))
+        trainer.go_on_from(earlier.state_dict(), history["files"][load.TRANSFORMER_FILE]["curve"])
     generator.manual_seed(3 + trainer.step)
     text = TextTable(args.device)
     forward = model if args.no_compile else torch.compile(model, dynamic=False)
@@ -332,12 +348,14 @@ def train_transformer(args: argparse.Namespace) -> None:
         clean, labels = sets[size].draw(generator)
         states = text.tokens(labels, generator, drop_all=0.1, drop=0.05)
         level = torch.sigmoid(torch.randn(len(clean), generator=generator, device=args.device))
-        shift = 5.0 if size == GPU_SIZE else 3.0
+        shift = size.shift
         sigma = (shift * level / (1 + (shift - 1) * level)).view(-1, 1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator, device=args.device)
         with bf16(args.device):
             noisy = torch.lerp(clean, noise, sigma)
-            predicted = forward(noisy, sigma.flatten() * 1000, states, return_dict=False)[0]
+            # The last phase has few small clips: not worth compiling for them again after a resume.
+            run_model = model if size == SMALL_SIZE and trainer.progress > 0.6 else forward
+            predicted = run_model(noisy, sigma.flatten() * 1000, states, return_dict=False)[0]
         trainer.update(F.mse_loss(predicted.float(), noise - clean), {"tokens": size.tokens})
 
     about = {"parameters": sum(p.numel() for p in model.parameters()), "curve": trainer.curve}
@@ -348,9 +366,9 @@ def train_transformer(args: argparse.Namespace) -> None:
 def _phase(progress: float, step: int) -> Size:
     if progress < 0.3:
         return SMALL_SIZE
-    if progress < 0.7:
+    if progress < 0.6:
         return SMALL_SIZE if step % 4 == 0 else CPU_SIZE
-    return (GPU_SIZE, CPU_SIZE, SMALL_SIZE, CPU_SIZE)[step % 4]
+    return GPU_SIZE if step % 2 == 0 else SMALL_SIZE if step % 8 == 1 else CPU_SIZE
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
@@ -369,7 +387,7 @@ def score(args: argparse.Namespace) -> None:
             rows = slice(i, i + batch)
             noise = torch.cat([initial_noise(size, 1000 + j) for j in range(count)[rows]])
             with bf16(args.device), torch.inference_mode():
-                latents = integrate(model, noise, prompts[rows])
+                latents = integrate(model, noise, prompts[rows], shift=size.shift)
                 mean, std = latent_statistics(vae, latents)
                 videos.append(fast_vae.decode(vae, latents * std + mean).float().clamp(-1, 1))
         video = torch.cat(videos)
