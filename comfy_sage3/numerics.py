@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,8 +64,9 @@ def video_like(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     Content: ``RANK`` fields over a frames x height x width grid, smooth in space and time, plus noise, mapped to Q
     and K by matrices that share a component, so that a token attends most to tokens like it. On top of that:
 
-    * K has in each run of 16 channels one with an offset of 10 to 30 times the content, the others offsets of
-      about 2, all shared by every token; Q has the same with 1.25 to 3.75 and 0.3, drifting by 20 % over the grid.
+    * channels have offsets that all tokens share, in units of K's content: in each run of 16 channels of K one of
+      5 to 15 and the others of about 4, drifting by 6 % over the grid; in Q one of 1 to 3, the others of about
+      0.6, drifting by 10 %.
     * two heads have two "sink" tokens that draw most of the attention, with a long faint tail behind them.
     * V has channel offsets of about half its content.
     """
@@ -91,12 +92,12 @@ def video_like(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
     heads = len(SHARPNESS)
     tokens = GRID[0] * GRID[1] * GRID[2]
-    content = fields(RANK) + 0.5 * normal(heads, tokens, RANK)
+    content = fields(RANK) + 0.3 * normal(heads, tokens, RANK)
     shared = normal(heads, RANK, HEAD_DIM)
     to_q, to_k = ((shared + 0.5 * normal(heads, RANK, HEAD_DIM)) / RANK**0.5 for _ in "qk")
     to_v = normal(heads, RANK, HEAD_DIM) / RANK**0.5
-    q = torch.tensor(SHARPNESS).view(-1, 1, 1) * (content @ to_q) + offsets(2.5, 0.3) * (1 + 0.2 * fields(1))
-    k = content @ to_k + offsets(20.0, 2.0)
+    q = torch.tensor(SHARPNESS).view(-1, 1, 1) * (content @ to_q) + offsets(2.0, 0.6) * (1 + 0.1 * fields(1))
+    k = content @ to_k + offsets(10.0, 4.0) * (1 + 0.06 * fields(1))
     v = content @ to_v + 0.5 * normal(heads, 1, HEAD_DIM)
     for head, boost in enumerate(SINKS):
         mean = q[head].mean(0)
@@ -147,11 +148,11 @@ def p_scaling(inputs: Inputs) -> Table:
 
 def smoothing_choices(inputs: Inputs) -> Table:
     """Paper, table 16."""
-    none = {"smooth_q": False, "smooth_k": False}
+    none = Fp4Options(smooth_q=False, smooth_k=False)
     return _forward_table("smoothing", "Smoothing (4-bit)", inputs, [
-        ("none", Fp4Options(**none)),
-        ("SmoothQuant", Fp4Options(**none, rotate="smoothquant")),
-        ("Hadamard", Fp4Options(**none, rotate="hadamard")),
+        ("none", none),
+        ("SmoothQuant", replace(none, rotate="smoothquant")),
+        ("Hadamard", replace(none, rotate="hadamard")),
         ("Q only", Fp4Options(smooth_k=False)),
         ("K only", Fp4Options(smooth_q=False)),
         ("Q and K", Fp4Options()),
@@ -245,7 +246,7 @@ def markdown(table: Table) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="average over N inputs (default 3)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="average over N inputs (default 5)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
 
 

@@ -33,7 +33,7 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
     pair, floor = end["a_vs_b"], end["noise_floor"]
     names = PRECISION_NAMES[a["precision"]], PRECISION_NAMES[b["precision"]]
     if pair["identical"]:
-        verdict = "The two videos are identical, pixel for pixel"
+        verdict = "The two videos are identical, pixel for pixel,"
     elif pair["ssim"] >= CLOSE_SSIM:
         verdict = f"{names[1].capitalize()} drew nearly the same video as {names[0]}"
     elif pair["ssim"] >= ALIKE_SSIM:
@@ -41,6 +41,7 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
     else:
         verdict = f"{names[1].capitalize()} drew a different video from {names[0]}"
     kept = adherence_counts(m)
+    verdict = verdict.removesuffix(",") if not kept["a"][1] else verdict
     verdict += f" and followed the prompt {_versus(kept['b'], kept['a'])}." if kept["a"][1] else "."
     for side in (a, b):
         if side["fell_back"]:
@@ -53,7 +54,7 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
 
 
 def _apart(pair: dict[str, Any]) -> str:
-    return f"PSNR {decibels(pair['psnr'])}, SSIM {pair['ssim']:.4f}"
+    return "no difference" if pair["identical"] else f"PSNR {decibels(pair['psnr'])}, SSIM {pair['ssim']:.4f}"
 
 
 def _versus(b: tuple[int, int], a: tuple[int, int]) -> str:

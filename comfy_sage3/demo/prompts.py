@@ -44,7 +44,8 @@ SYNONYMS = {
     **{"slow": "slowly", "fast": "quickly", "quick": "quickly"},
 }
 FILLERS = frozenset(
-    "a an the on in of to at with is are that which moving moves move going standing stands background video".split()
+    [*("a", "an", "the", "on", "in", "of", "to", "at", "with", "is", "are", "that", "which", "background", "video")]
+    + [*("moving", "moves", "move", "going", "standing", "stands")]
 )
 VOCABULARY = tuple(sorted({*SIZES, *COLOURS, *SHAPES, *MOTIONS, *SPEEDS, *BACKGROUNDS}))
 _ATTRIBUTE_OF = {word: name for name, words in ATTRIBUTES.items() for word in words}
@@ -94,7 +95,8 @@ def parse(text: str) -> Scene:
             name, known = _ATTRIBUTE_OF[word], objects[-1]
             if known.get(name, word) != word:
                 raise InputError(
-                    f"One object has two values for {name}, {known[name]} and {word}: keep one, or join two objects with 'and'."
+                    f"One object has two values for {name}, {known[name]} and {word}: "
+                    "keep one, or join two objects with 'and'."
                 )
             known[name] = word
         else:

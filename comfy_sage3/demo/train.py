@@ -79,7 +79,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "cpu"
         )
-        self.step, self.offset, self.before, self.curve = 0, 0, 0.0, []
+        self.step, self.offset, self.before = 0, 0, 0.0
+        self.curve: list[dict[str, Any]] = []
         if self.path.exists():
             self._resume()
         self.start = time.monotonic()
@@ -110,7 +111,8 @@ class Trainer:
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
         if self.step % 100 == 0 or self.step < 3:
             seconds = self.progress * self.budget
-            row = {"step": self.step + self.offset, "seconds": round(seconds, 1), "loss": round(loss.item(), 5), **(log or {})}
+            row = {"step": self.step + self.offset, "seconds": round(seconds, 1), "loss": round(loss.item(), 5)}
+            row |= log or {}
             self.curve.append(row)
             if self.step % 500 == 0 or self.step < 3:
                 print(self.path.name.split(".")[0], row, flush=True)

@@ -133,6 +133,13 @@ def test_identical_videos_are_called_identical():
     assert found["ssim"] == 1.0
 
 
+def test_two_identical_sides_are_called_identical(standin, request_, sides):
+    m = compare(standin, request_, sides[0], Side("B", Precision.EXACT), repeats=1).metrics
+    verdict, numbers = headline(m)
+    assert verdict.startswith("The two videos are identical, pixel for pixel, and followed the prompt equally well")
+    assert numbers.startswith("Between the sides: no difference. Two exact runs (the noise floor) differ by PSNR")
+
+
 def test_a_single_frame_has_no_motion(standin, sides):
     standin.size = Size(16, 16, 5)
     one = Request("a red circle", Size(16, 16, 1), steps=1)

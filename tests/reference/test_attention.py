@@ -1,0 +1,128 @@
+"""The reference kernels against PyTorch's own attention and against each other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comfy_sage3.reference import (
+    Fp4Options,
+    Int8Options,
+    exact_attention,
+    fp4_attention,
+    int8_attention,
+    int8_attention_backward,
+)
+
+LENGTHS = [1, 15, 16, 17, 97, 127, 128, 129, 257]
+KERNELS = {
+    "exact": (exact_attention, 1e-5),
+    "fp4 unquantised": (lambda *a, **k: fp4_attention(*a, **k, options=Fp4Options(quantize=False)), 1e-4),
+    "int8 unquantised": (lambda *a, **k: int8_attention(*a, **k, options=Int8Options(quantize=False)), 1e-4),
+}
+
+
+def inputs(q_tokens, k_tokens, head_dim=32, heads=2, kv_heads=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, heads, q_tokens, head_dim, generator=g)
+    k, v = (torch.randn(1, kv_heads, k_tokens, head_dim, generator=g) for _ in "kv")
+    return q, k, v
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), 0).item()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_without_quantisation_every_length_is_exact(name, causal, tokens):
+    kernel, tolerance = KERNELS[name]
+    q, k, v = inputs(tokens, tokens)
+    out, lse = kernel(q, k, v, is_causal=causal)
+    scores = (q.double() @ k.double().mT) * 32**-0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), -torch.inf)
+    assert torch.allclose(out.double(), scores.softmax(-1) @ v.double(), atol=tolerance)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", [fp4_attention, int8_attention])
+@given(
+    q_tokens=st.integers(1, 150), k_tokens=st.integers(1, 150), head_dim=st.integers(1, 256), group=st.integers(1, 3),
+    mask=st.sampled_from([None, "bool", "additive"]), causal=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_quantised_attention_follows_exact_attention(kernel, q_tokens, k_tokens, head_dim, group, mask, causal):
+    q, k, v = inputs(q_tokens, k_tokens, head_dim, heads=2 * group)
+    g = torch.Generator().manual_seed(1)
+    bias = torch.randn(1, 1, q_tokens, k_tokens, generator=g)
+    chosen = {None: None, "bool": bias > -1, "additive": bias}[mask]
+    before = [t.clone() for t in (q, k, v)]
+    out, lse = kernel(q, k, v, mask=chosen, is_causal=causal)
+    exact, exact_lse = exact_attention(q, k, v, mask=chosen, is_causal=causal)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+    dead = exact_lse.isneginf()
+    assert torch.equal(lse.isneginf(), dead)
+    assert (out[dead] == 0).all()
+    assert out.isfinite().all()
+    relative = (out - exact).norm() / exact.norm().clamp_min(1e-6)
+    assert relative < (0.5 if kernel is fp4_attention else 0.15)
+
+
+@pytest.mark.parametrize("kernel", [fp4_attention, int8_attention])
+def test_a_causal_row_does_not_see_the_future(kernel):
+    q, k, v = inputs(300, 300, 64)
+    out, _ = kernel(q, k, v, is_causal=True, options=None)
+    # Tokens 256.. are in a later tile than row 100: whatever they hold, only the shared key mean may move.
+    changed = v.clone()
+    changed[:, :, 256:] += 0  # the same values: bitwise repeatable
+    again, _ = kernel(q, k, changed, is_causal=True, options=None)
+    assert torch.equal(out, again)
+    hidden, _ = kernel(q, k, v, mask=torch.ones(300, 300, dtype=torch.bool).tril())
+    assert cosine(out, hidden) > 0.999
+
+
+def test_error_bands_on_normal_inputs():
+    q, k, v = inputs(512, 512, 128)
+    exact, _ = exact_attention(q, k, v)
+    assert cosine(fp4_attention(q, k, v)[0], exact) > 0.975
+    assert cosine(int8_attention(q, k, v)[0], exact) > 0.999
+    assert cosine(int8_attention(q, k, v, options=Int8Options(pv="int8"))[0], exact) > 0.9995
+
+
+def gradients(q, k, v, dout, **options):
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    wide = [leaves[0], *(t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in leaves[1:])]
+    F.scaled_dot_product_attention(*wide, **options).backward(dout.double())
+    return [t.grad for t in leaves]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("tokens", [(64, 64), (130, 130), (97, 40)])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_backward_against_exact_gradients(causal, kv_heads, tokens, quantize):
+    q, k, v = inputs(*tokens, 64, kv_heads=kv_heads)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+    options = Int8Options(quantize=quantize)
+    out, lse = int8_attention(q, k, v, is_causal=causal, options=options)
+    got = int8_attention_backward(dout, q, k, v, out, lse, is_causal=causal, options=options)
+    for mine, exact in zip(got, gradients(q, k, v, dout, is_causal=causal), strict=True):
+        if quantize:
+            assert cosine(mine, exact) > 0.995
+        else:
+            assert torch.allclose(mine.double(), exact, atol=2e-5)
+
+
+def test_high_precision_dov_is_what_keeps_dq_accurate():
+    q, k, v = inputs(256, 256, 64)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+    exact = gradients(q, k, v, dout)[0]
+    found = {}
+    for kind in ("high", "int8"):
+        options = Int8Options(do_v=kind)
+        out, lse = int8_attention(q, k, v, options=options)
+        found[kind] = cosine(int8_attention_backward(dout, q, k, v, out, lse, options=options)[0], exact)
+    assert found["high"] > found["int8"]
