@@ -186,7 +186,8 @@ def test_inspection_measures_every_layer_and_step_against_exact(engine):
         assert row["k_tokens"] == (SIZE.tokens if row["kind"] == "self" else 11)
         assert row["a"] == row["floor"]  # side A is exact, computed the usual way
         assert row["floor"]["relative_l1"] < 1e-5 < row["b"]["relative_l1"] < 1
-        assert row["b"]["cosine"] > 0.9
+        # Cross-attention reads 11 text tokens whose few, large weights 4 bits hold badly: why the node has min_tokens.
+        assert row["b"]["cosine"] > (0.95 if row["kind"] == "self" else 0.6)
     assert [r["step"] for r in found.one_step] == [0, 1]
     assert found.one_step[0]["sigma"] == pytest.approx(1.0)
     for row in found.one_step:
