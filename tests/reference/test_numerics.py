@@ -11,22 +11,25 @@ from comfy_sage3.cli import main
 def tables(tmp_path_factory):
     path = tmp_path_factory.mktemp("numerics") / "numbers.json"
     assert main(["numerics", "--seeds", "1", "--json", str(path)]) == 0
-    return json.dumps(json.loads(path.read_text())), json.loads(path.read_text())
+    return json.loads(path.read_text())["tables"]
 
 
-def rows(tables, key):
-    found = tables[1]["tables"]
-    table = found[key] if isinstance(found, dict) else next(t for t in found if t["key"] == key)
-    lines = table["lines"] if isinstance(table, dict) else table
-    return [line["relative_l1"] for line in lines]
+def errors(tables, key):
+    table = next(t for t in tables if t["key"] == key)
+    return [row["relative_l1"] for row in table["rows"]]
 
 
 def test_every_step_of_the_smoothing_table_lowers_the_error(tables):
-    errors = rows(tables, "smoothing")
-    assert errors == sorted(errors, reverse=True)
-    assert len(errors) == 6
+    found = errors(tables, "smoothing")
+    assert found == sorted(found, reverse=True)
+    assert len(found) == 6
+
+
+def test_nvfp4_is_better_than_mxfp4(tables):
+    mxfp4, nvfp4 = errors(tables, "format")
+    assert nvfp4 < mxfp4
 
 
 def test_two_level_p_is_better_than_direct(tables):
-    direct, running, _ = rows(tables, "p")
+    direct, running, _ = errors(tables, "p")
     assert running < direct
