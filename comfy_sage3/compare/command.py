@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..demo.sizes import Size
+from ..demo.sizes import LONG, Size, shift_of
 from ..precision import Precision
 from .engine import Engine, Request, Side
 
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance scale (default: 3)")
     parser.add_argument(
-        "--shift", type=float, default=3.0, help="time shift of the noise schedule (default: 3)"
+        "--shift",
+        type=float,
+        help=f"time shift of the noise schedule (default: the size's own, {shift_of(0):g} below {LONG:,} tokens "
+        f"and {shift_of(LONG):g} from there)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: 3)")
     parser.add_argument(

@@ -31,7 +31,8 @@ OnStep = Callable[[int, int], None]
 class Request:
     """One video to make. Raises InputError for a value outside the bounds above.
 
-    ``cfg`` is the classifier-free guidance scale (1 = off), ``shift`` the time shift of the flow schedule.
+    ``cfg`` is the classifier-free guidance scale (1 = off), ``shift`` the time shift of the flow schedule; None
+    takes the size's own, the one the model was trained with.
     """
 
     prompt: str
@@ -39,13 +40,15 @@ class Request:
     seed: int = 1
     steps: int = 20
     cfg: float = 3.0
-    shift: float = 3.0
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         _bounded("seed", self.seed, 0, 2**63 - 1)
         _bounded("number of steps", self.steps, 1, MAX_STEPS)
         _bounded("guidance scale cfg", self.cfg, 1.0, 20.0)
-        _bounded("shift", self.shift, 0.1, 20.0)
+        shift = self.size.shift if self.shift is None else self.shift
+        _bounded("shift", shift, 0.1, 20.0)
+        object.__setattr__(self, "shift", shift)
         _bounded("width", self.size.width, 16, MAX_SIDE)
         _bounded("height", self.size.height, 16, MAX_SIDE)
         _bounded("number of frames", self.size.frames, 1, MAX_FRAMES)

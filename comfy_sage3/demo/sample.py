@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .prompts import embed
-from .sizes import Size
+from .sizes import Size, shift_of, tokens_of
 
 
 def schedule(steps: int, shift: float) -> list[float]:
@@ -53,10 +53,12 @@ def integrate(
     *,
     steps: int = 20,
     cfg: float = 3.0,
-    shift: float = 3.0,
+    shift: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents of a batch: Euler steps from ``noise`` (B, 16, T', H/8, W/8), one prompt each; see ``sample``."""
+    if shift is None:
+        shift = shift_of(tokens_of(noise.shape))
     for prompt in prompts:
         embed(prompt)  # an unknown word is refused before any work
     x = noise.to(next(transformer.parameters()).device)
@@ -76,12 +78,13 @@ def sample(
     seed: int,
     steps: int = 20,
     cfg: float = 3.0,
-    shift: float = 3.0,
+    shift: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents (1, 16, T', H/8, W/8), float32 on the model's device, for ``prompt``.
 
-    ``on_step(done, steps)`` is called after every step and may raise to cancel.
+    ``shift`` is the time shift of the schedule; None means the size's own, which the model was trained with.
+    ``on_step(done, steps)`` is called after every step and may raise to cancel. Raises InputError for an unknown word.
     """
     noise = initial_noise(size, seed)
     return integrate(transformer, noise, [prompt], steps=steps, cfg=cfg, shift=shift, on_step=on_step)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
+
+LONG = 2048  # self-attention tokens from which a sequence counts as long
+
+
+def tokens_of(latent_shape: Sequence[int]) -> int:
+    """Length of the self-attention sequence of latents (..., T', H/8, W/8): positions over the (1, 2, 2) patch."""
+    t, h, w = latent_shape[-3:]
+    return t * (h // 2) * (w // 2)
+
+
+def shift_of(tokens: int) -> float:
+    """The schedule shift the model is trained and sampled with: long sequences decide their layout at higher noise."""
+    return 3.0 if tokens < LONG else 7.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,13 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Length of the self-attention sequence: latent positions over the (1, 2, 2) patch."""
-        _, t, h, w = self.latent_shape
-        return t * (h // 2) * (w // 2)
+        """Length of the self-attention sequence."""
+        return tokens_of(self.latent_shape)
 
     @property
     def shift(self) -> float:
-        """The schedule shift the model is trained and sampled with: long sequences decide their layout at higher noise."""
-        return 3.0 if self.tokens < 2048 else 7.0
+        """This size's own schedule shift, see ``shift_of``."""
+        return shift_of(self.tokens)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"

@@ -23,7 +23,7 @@ from comfy_sage3.cli import main
 from comfy_sage3.compare.comfyui_engine import NEEDED_NODES, ComfyUIEngine, prompt_graph, read_report
 from comfy_sage3.compare.engine import EMULATED_NOTE, Request, Side
 from comfy_sage3.compare.measure import compare
-from comfy_sage3.demo.sizes import Size
+from comfy_sage3.demo.sizes import GPU_SIZE, Size
 from comfy_sage3.errors import EngineError
 from comfy_sage3.precision import Precision
 
@@ -233,6 +233,14 @@ def test_the_graph_asks_for_what_the_request_says():
     for node in graph.values():
         for value in node["inputs"].values():
             assert not isinstance(value, list) or value[0] in graph
+
+
+def test_the_graph_takes_the_shift_of_its_size_unless_one_is_given():
+    for request, shift in (
+        (dataclasses.replace(REQUEST, size=GPU_SIZE, shift=None), 7.0),
+        (dataclasses.replace(REQUEST, size=GPU_SIZE, shift=5.0), 5.0),
+    ):
+        assert prompt_graph(request, FP4)["shift"]["inputs"]["shift"] == shift
 
 
 def test_without_events_the_servers_own_times_stand_in(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 
@@ -86,6 +87,17 @@ def test_the_bar_on_a_terminal_stays_on_one_line():
     assert all(len(line.rstrip("\n")) == 79 for line in drawn)
     assert stream.getvalue().count("\n") == 1
     assert drawn[1].startswith("[###############...............]  50%")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shift"),
+    [(["--size", "cpu"], 3.0), (["--size", "gpu"], 7.0), (["--size", "gpu", "--shift", "4"], 4.0)],
+)
+def test_the_shift_follows_the_size_unless_it_is_given(arguments, shift):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command._request(parser.parse_args(arguments)).shift == shift
+    assert "3 below 2,048 tokens and 7 from there" in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from comfy_sage3.compare.capture import MAX_CAPTURED_BYTES, MAX_CAPTURED_STEPS, 
 from comfy_sage3.compare.engine import EMULATED_NOTE, Request, Side
 from comfy_sage3.compare.measure import SCHEMA, SCHEMA_VERSION, compare, json_safe, pair
 from comfy_sage3.compare.tables import headline, terminal
-from comfy_sage3.demo.sizes import Size
+from comfy_sage3.demo.sizes import CPU_SIZE, GPU_SIZE, Size
 from comfy_sage3.errors import EngineError, InputError
 from comfy_sage3.precision import Precision
 
@@ -199,6 +199,13 @@ def test_progress_may_cancel(standin, request_, sides):
 def test_requests_are_bounded(change, sentence):
     with pytest.raises(InputError, match=sentence):
         Request(**({"prompt": "a red circle", "size": Size(32, 32, 5)} | change))
+
+
+def test_the_shift_is_the_sizes_own_unless_it_is_given():
+    shifts = [Request("a red circle", size).shift for size in (CPU_SIZE, GPU_SIZE)]
+    assert shifts == [CPU_SIZE.shift, GPU_SIZE.shift] == [3.0, 7.0]
+    assert Request("a red circle", GPU_SIZE, shift=3.0).shift == 3.0
+    assert Request("a red circle", GPU_SIZE).for_warm_up().shift == 7.0
 
 
 @pytest.mark.parametrize("repeats", [0, 21])
