@@ -1,14 +1,13 @@
 """The ComfyUI engine: the bundled model on a running server, over HTTP and its event stream.
 
 Both sides are the same prompt graph; only the settings of the Sage3 Attention node differ. What the node did
-is read from Sage3 Report's output in the server's history. Tensors never leave the server, so the first two
-layers of quality are not available here.
+is read from the data that Sage3 Report leaves in the server's history. Tensors never leave the server, so
+the first two layers of quality are not available here.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ NEEDED_NODES = (
     "ModelSamplingSD3",
     "EmptyHunyuanLatentVideo",
 )
-REPORT_LINE = re.compile(r"^\s*(\d+) x (\S+): (.*)$")
 # How much of the schedule's very end each run leaves out, so that the server cannot answer from its cache.
 # Even a hundred runs leave out no step: the last step begins 1 % before the end or earlier.
 FRESH = 1e-6
@@ -95,8 +93,7 @@ class ComfyUIEngine:
         graph = self._fresh(request, side)
         entry, events = self._run(graph, on_step)
         total, steps = sampling_times(events, entry)
-        report = read_report(self._client.texts(entry).get(REPORT, ""), side)
-        return Generation(total, steps, report, handle=graph)
+        return Generation(total, steps, read_report(entry), handle=graph)
 
     def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
         return self.generate(request, Side("exact", Precision.EXACT), on_step)
@@ -220,22 +217,19 @@ def node_seconds(events: Sequence[Event], node: str) -> float | None:
     return end.at - events[start].at
 
 
-def read_report(text: str, side: Side) -> list[ReportLine]:
-    """Sage3 Report's text as report lines; a kernel of another precision than the side's is a fallback."""
-    wished = side.precision.value
-    lines: list[ReportLine] = []
-    for line in text.splitlines():
-        found = REPORT_LINE.match(line)
-        if found:
-            calls, kernel, reason = found.groups()
-            other = side.precision is not Precision.AUTO and kernel.split("-")[0] != wished
-            lines.append(
-                {
-                    "wished": wished,
-                    "kernel": kernel,
-                    "reason": reason,
-                    "fell_back": other,
-                    "calls": int(calls),
-                }
-            )
+def read_report(entry: dict[str, Any]) -> list[ReportLine]:
+    """The report lines of a history entry, as Sage3 Report gives them to scripts.
+
+    Raises EngineError for an entry without them, which an older version of this pack on the server leaves.
+    """
+    lines = entry.get("outputs", {}).get(REPORT, {}).get("sage3")
+    if not isinstance(lines, list) or not all(_is_line(line) for line in lines):
+        raise EngineError(
+            "The server's Sage3 Report does not say what ran as data: update this pack there and restart it."
+        )
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    kinds = {"wished": str, "kernel": str, "reason": str, "fell_back": bool, "calls": int}
+    return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())

@@ -66,9 +66,8 @@ class Server(ThreadingHTTPServer):
                     time.sleep(self.slow[precision])
                     self.tell("progress", prompt_id, node=node, value=i + 1, max=steps)
         kernel = "exact" if precision == "exact" else f"{precision}-emulated"
-        outputs = {
-            "report": {"text": [f"24 attention calls: 24 accelerated, 0 fell back\n24 x {kernel}: asked for"]}
-        }
+        line = {"wished": precision, "kernel": kernel, "reason": "asked for", "fell_back": False, "calls": 24}
+        outputs = {"report": {"text": ["for people"], "sage3": [line]}}
         if "frames" in graph:
             names = [f"{precision}_{i}.png" for i in range(SIZE.frames)]
             outputs["frames"] = {"images": [{"filename": n, "subfolder": "", "type": "temp"} for n in names]}
@@ -297,20 +296,29 @@ def test_the_command_runs_on_a_server(server, tmp_path, capsys):
     assert not (out / "attention_error.png").exists()
 
 
-def test_reports_are_read_line_by_line():
-    text = "\n".join(
-        [
-            "30 attention calls: 20 accelerated, 10 fell back",
-            "20 x fp4-sm120: asked for",
-            "10 x int8-sm89: head_dim 160: fp4 takes 128 at most",
-            "emulated: quality is real, speed is not",
-        ]
-    )
-    lines = read_report(text, FP4)
-    assert [(x["kernel"], x["calls"], x["fell_back"]) for x in lines] == [
-        ("fp4-sm120", 20, False),
-        ("int8-sm89", 10, True),
-    ]
-    assert lines[1]["reason"] == "head_dim 160: fp4 takes 128 at most"
-    assert not read_report("5 x exact: no kernel", Side("A", Precision.AUTO))[0]["fell_back"]
-    assert read_report("", FP4) == []
+LINES = [
+    {"wished": "fp4", "kernel": "fp4-sm120", "reason": "asked for", "fell_back": False, "calls": 20},
+    {"wished": "fp4", "kernel": "int8-sm89", "reason": "head_dim: 160 x 2", "fell_back": True, "calls": 10},
+    {"wished": "exact", "kernel": "exact", "reason": "fewer than 64 tokens", "fell_back": False, "calls": 30},
+]
+
+
+@pytest.mark.parametrize("lines", [LINES, []])
+def test_the_nodes_own_lines_are_taken_as_they_are(lines):
+    entry = {"outputs": {"report": {"text": ["5 x exact: for people"], "sage3": lines}}}
+    assert read_report(entry) == lines
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {},
+        {"report": {"text": ["20 x fp4-sm120: asked for"]}},
+        {"report": {"sage3": "20 x fp4-sm120"}},
+        {"report": {"sage3": [{"kernel": "exact"}]}},
+        {"report": {"sage3": [LINES[0] | {"calls": "20"}]}},
+    ],
+)
+def test_a_server_whose_report_has_no_such_data_is_told_what_to_do(outputs):
+    with pytest.raises(EngineError, match="does not say what ran as data: update this pack"):
+        read_report({"outputs": outputs})
