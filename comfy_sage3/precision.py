@@ -7,6 +7,10 @@ from enum import Enum
 
 from .errors import InputError
 
+MIN_TOKENS = 1024
+"""The usual least length of a call in less than exact precision: shorter ones gain no time, and 4 bits hold the few,
+large weights of cross-attention to a text badly."""
+
 
 class Precision(str, Enum):
     """How exactly attention is to be computed."""
@@ -49,11 +53,13 @@ class PrecisionPlan:
             raise InputError(f"min_tokens is {self.min_tokens}: give 0 or more.")
 
     def choose(self, progress: float | None, q_tokens: int, k_tokens: int) -> tuple[Precision, str]:
-        """The precision for one call and, when the plan itself asks for exact, the reason ("" otherwise).
+        """The precision for one call and, when the plan keeps it exact, the reason ("" otherwise).
 
         ``progress`` is the fraction of the schedule already done in [0, 1], or None when unknown
         (then the window does not apply).
         """
+        if self.precision is Precision.EXACT:
+            return Precision.EXACT, ""  # as wished: no reason is needed
         if progress is not None and not self.start <= progress <= self.end:
             return Precision.EXACT, f"step at {progress:.0%} is outside the window {self.start:.0%} to {self.end:.0%}"
         if min(q_tokens, k_tokens) < self.min_tokens:

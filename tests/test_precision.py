@@ -48,6 +48,10 @@ def test_short_calls_stay_exact_counting_the_shorter_side():
     assert plan.choose(0.5, 77, 8192) == (Precision.EXACT, "fewer than 1024 tokens")
 
 
+def test_a_plan_for_exact_needs_no_reason():
+    assert PrecisionPlan("exact", start=0.5, min_tokens=64).choose(0.0, 1, 1) == (Precision.EXACT, "")
+
+
 fractions = st.floats(0, 1)
 
 

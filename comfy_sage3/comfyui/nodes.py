@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..demo.load import TRANSFORMER_FILE, VAE_FILE, verify, weights_folder
 from ..demo.prompts import embed, parse
 from ..errors import InputError, WeightsError
-from ..precision import Precision, PrecisionPlan
+from ..precision import MIN_TOKENS, Precision, PrecisionPlan
 from . import status
 from .override import Hook, hooks_of, install
 
@@ -80,7 +80,7 @@ class Sage3Attention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "min_tokens",
-                    default=1024,
+                    default=MIN_TOKENS,
                     min=0,
                     max=1_000_000,
                     step=1,

@@ -61,19 +61,24 @@ def spread(steps: int, bytes_per_step: int) -> list[int]:
 
 
 def door(side: Side, report: Report) -> Attend:
-    """Attention at the side's precision, through the package's one door."""
+    """Attention at the precision the side's plan chooses for each call, through the package's one door."""
+    plan, unseen = side.plan, Report()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return attention(
+        wish, why_exact = plan.choose(None, q.shape[1], k.shape[1])
+        out = attention(
             q,
             k,
             v,
             layout="NHD",
-            precision=side.precision.value,
+            precision=wish,
             emulate=side.emulate,
-            report=report,
+            report=unseen if why_exact else report,
             **options,
         )
+        if why_exact:  # the plan's reason, where the door would only say that exact was asked for
+            report.record(wish.value, "exact", why_exact, False)
+        return out
 
     return attend
 

@@ -155,7 +155,7 @@ def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Grap
             precision=side.precision.value,
             start_percent=0.0,
             end_percent=end_percent,
-            min_tokens=0,
+            min_tokens=side.min_tokens,
             emulate=side.emulate,
         ),
         "positive": _node("Sage3DemoPrompt", text=request.prompt),

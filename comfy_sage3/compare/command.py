@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..demo.sizes import LONG, Size, shift_of
+from ..demo.sizes import LONG, MIN_TOKENS, Size, shift_of
 from ..precision import Precision
 from .engine import Engine, Request, Side
 
@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"time shift of the noise schedule (default: the size's own, {shift_of(0):g} below {LONG:,} tokens "
         f"and {shift_of(LONG):g} from there)",
     )
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        default=MIN_TOKENS,
+        metavar="N",
+        help=f"calls of fewer query or key tokens stay exact, as with the node (default: {MIN_TOKENS}, which keeps "
+        "the cross-attention to the prompt exact; 0: none)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: 3)")
     parser.add_argument(
         "--engine", choices=("diffusers", "comfyui"), default="diffusers", help="what makes the videos"
@@ -64,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the comparison, write the results, print the table. Returns 0; errors are raised as Sage3Error."""
     # Everything that can be refused is refused before torch and a model are loaded.
-    a = Side("A", Precision.parse(args.a), args.emulate)
-    b = Side("B", Precision.parse(args.b), args.emulate)
+    a, b = (Side(x, Precision.parse(p), args.emulate, args.min_tokens) for x, p in (("A", args.a), ("B", args.b)))
     request = _request(args)
     from .measure import compare
     from .output import check_out, write

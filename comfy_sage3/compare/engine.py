@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..demo.sizes import Size
+from ..demo.sizes import MIN_TOKENS, Size
 from ..errors import InputError
-from ..precision import Precision
+from ..precision import Precision, PrecisionPlan
 from ..report import ReportLine
 
 EMULATED_NOTE = "emulated: quality is real, speed is not"
@@ -71,11 +71,24 @@ def _bounded(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """One contestant: how attention is wished for, and whether the reference may stand in for a kernel."""
+    """One contestant: how attention is wished for, and whether the reference may stand in for a kernel.
+
+    Calls of fewer than ``min_tokens`` query or key tokens stay exact, as with the Sage3 Attention node. Raises
+    InputError for a negative one.
+    """
 
     label: str
     precision: Precision
     emulate: bool = True
+    min_tokens: int = MIN_TOKENS
+
+    def __post_init__(self) -> None:
+        _ = self.plan  # which refuses what it cannot use
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """What decides the precision of each call, here and in the node."""
+        return PrecisionPlan(self.precision, min_tokens=self.min_tokens)
 
     @property
     def name(self) -> str:
@@ -160,6 +173,13 @@ class Engine(Protocol):
 def is_emulated(report: Sequence[ReportLine]) -> bool:
     """Whether any call of a run was served by the plain-PyTorch reference in place of a kernel."""
     return any(line["kernel"].endswith(EMULATED_SUFFIX) for line in report)
+
+
+def kept_exact(report: Sequence[ReportLine], side: Side) -> int:
+    """How many calls of a run the side's own plan kept exact: the reason is in the report."""
+    if side.precision is Precision.EXACT:
+        return 0
+    return sum(line["calls"] for line in report if line["wished"] == Precision.EXACT.value)
 
 
 def fell_back(report: Sequence[ReportLine]) -> bool:

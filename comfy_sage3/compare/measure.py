@@ -21,7 +21,7 @@ from ..demo.score import adherence
 from ..errors import EngineError, InputError
 from ..metrics import SSIM_CONVENTION, flicker, motion_energy, psnr, ssim, worst_frame
 from ..precision import Precision
-from .engine import EMULATED_NOTE, Engine, Generation, Inspection, Request, Side, fell_back, is_emulated
+from .engine import EMULATED_NOTE, Engine, Generation, Inspection, Request, Side, fell_back, is_emulated, kept_exact
 
 SCHEMA = "comfy_sage3.compare"
 SCHEMA_VERSION = 1
@@ -116,7 +116,7 @@ def compare(
     metrics["timing"] = timing(runs, metrics["sides"], repeats)
     metrics["quality"] = {
         "noise_floor_method": engine.floor_method,
-        "replay": replay_data(inspection),
+        "replay": replay_data(inspection, {"a": a, "b": b}),
         "one_step": one_step_data(inspection),
         "end_to_end": end_to_end(videos["a"], videos["b"], floor),
         "adherence": {key: adherence(as_signed(video), scene) for key, video in videos.items()}
@@ -196,7 +196,9 @@ def side_data(side: Side, runs: Sequence[Generation]) -> dict[str, Any]:
         "emulation_allowed": side.emulate,
         "emulated": is_emulated(report),
         "fell_back": fell_back(report),
+        "min_tokens": side.min_tokens,
         "calls": sum(line["calls"] for line in report),
+        "kept_exact": kept_exact(report, side),
         "report": [dict(line) for line in report],
     }
 
@@ -245,8 +247,11 @@ def spread_of(values: Iterable[float | None]) -> dict[str, Any] | None:
     }
 
 
-def replay_data(inspection: Inspection | None) -> dict[str, Any] | None:
-    """Every replayed call, and per kind the mean (the worst for max_abs) over layers and steps."""
+def replay_data(inspection: Inspection | None, sides: dict[str, Side]) -> dict[str, Any] | None:
+    """Every replayed call, and per kind the mean (the worst for max_abs) over layers and steps.
+
+    ``kept_exact`` names, per kind, the sides whose own plan kept every replayed call exact.
+    """
     if inspection is None:
         return None
     return {
@@ -255,7 +260,15 @@ def replay_data(inspection: Inspection | None) -> dict[str, Any] | None:
         "summary": {
             kind: summarise([row for row in inspection.replay if row["kind"] == kind]) for kind in KINDS
         },
+        "kept_exact": {
+            kind: [key for key, side in sides.items() if _keeps_exact(side, kind, inspection.replay)] for kind in KINDS
+        },
     }
+
+
+def _keeps_exact(side: Side, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
+    lengths = [(row["q_tokens"], row["k_tokens"]) for row in rows if row["kind"] == kind]
+    return bool(lengths) and all(side.plan.choose(None, q, k)[1] for q, k in lengths)
 
 
 def one_step_data(inspection: Inspection | None) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from .tables import (
     command,
     decibels,
     headline,
+    kept_exact_sentence,
     quality_rows,
     ratio_rows,
     side_title,
@@ -213,8 +214,10 @@ def _ran(side: dict[str, Any]) -> str:
         f"{', a fallback' if line['fell_back'] else ''}: {escape(str(line['reason']))}</li>"
         for line in side["report"]
     )
+    kept = f"<p>{escape(kept_exact_sentence(side))}</p>" if side["kept_exact"] else ""
     return (
-        f"<h3>{escape(side_title(side))}</h3><ul>{lines or '<li>no attention calls were reported</li>'}</ul>"
+        f"<h3>{escape(side_title(side))}</h3>"
+        f"<ul>{lines or '<li>no attention calls were reported</li>'}</ul>{kept}"
     )
 
 

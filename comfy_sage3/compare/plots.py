@@ -55,7 +55,8 @@ def error_plot(m: dict[str, Any], theme: str = "light") -> bytes | None:
             value = r["b"]["relative_l1"]
             grid[layers.index(r["layer"]), steps.index(r["step"])] = np.nan if value is None else value
         image = axes.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
-        axes.set_title(f"{kind}-attention", color=INK[theme], fontsize=10)
+        kept = " (kept exact)" if "b" in m["quality"]["replay"]["kept_exact"][kind] else ""
+        axes.set_title(f"{kind}-attention{kept}", color=INK[theme], fontsize=10)
         axes.set_xticks(range(len(steps)), [str(s + 1) for s in steps])
         axes.set_yticks(range(len(layers)), [str(x + 1) for x in layers])
         axes.set_xlabel("step")

@@ -48,6 +48,8 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
             verdict += (
                 f" Side {side['label']} did not run as {side['precision']} throughout: see what ran, and why."
             )
+        elif side["kept_exact"] and side["kept_exact"] == side["calls"]:
+            verdict += f" Side {side['label']} never ran as {side['precision']}: {kept_exact_sentence(side)}"
     apart = "give the same frames" if floor["identical"] else f"differ by {_apart(floor)}"
     numbers = f"Between the sides: {_apart(pair)}. Two exact runs (the noise floor) {apart}."
     return verdict, numbers
@@ -81,7 +83,9 @@ def quality_rows(m: dict[str, Any]) -> list[tuple[str, list[Row]]]:
     if q["replay"]:
         for kind, where in (("self", "self-attention"), ("cross", "cross-attention")):
             rows = error_rows(q["replay"]["summary"][kind])
-            sections.append((f"1. Same tensors, each kernel ({where}, against exact fp32)", rows))
+            kept = " and ".join(m["sides"][key]["label"] for key in q["replay"]["kept_exact"][kind])
+            where += ", against exact fp32" + (f"; {kept} kept exact" if kept else "")
+            sections.append((f"1. Same tensors, each kernel ({where})", rows))
     if q["one_step"]:
         sections.append(
             ("2. Same noisy video, one step (against exact)", error_rows(q["one_step"]["summary"]))
@@ -168,6 +172,12 @@ def ratio_rows(m: dict[str, Any]) -> list[tuple[str, str]]:
     return [(names[key], f"{value:.2f}x") for key, value in (m["timing"]["a_over_b"] or {}).items()]
 
 
+def kept_exact_sentence(side: dict[str, Any]) -> str:
+    """How many calls a side's own plan kept exact, and which setting did."""
+    count, calls = side["kept_exact"], side["calls"]
+    return f"{count:,} of {calls:,} calls were kept exact by --min-tokens {side['min_tokens']}."
+
+
 def side_title(side: dict[str, Any]) -> str:
     return f"{side['label']}: {side['precision']}" + (" (emulated)" if side["emulated"] else "")
 
@@ -185,6 +195,7 @@ def command(m: dict[str, Any]) -> str:
         f"{r['width']}x{r['height']}x{r['frames']}",
     ]
     words += ["--steps", str(r["steps"]), "--cfg", f"{r['cfg']:g}", "--shift", f"{r['shift']:g}"]
+    words += ["--min-tokens", str(b["min_tokens"])]
     words += ["--repeats", str(m["timing"]["repeats"]), "--engine", m["environment"]["engine"]]
     if "server" in m["environment"]:
         words += ["--server", m["environment"]["server"]]
@@ -222,6 +233,8 @@ def terminal(m: dict[str, Any]) -> str:
             )
         if not side["report"]:
             lines.append(f"  {side['label']}: no attention calls were reported")
+        if side["kept_exact"]:
+            lines.append(f"  {side['label']}: {kept_exact_sentence(side)}")
     return "\n".join(lines)
 
 

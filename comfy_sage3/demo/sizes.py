@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
+MIN_TOKENS = 64  # least length of a low-bit call of the bundled model: above its 11 text tokens, below CPU_SIZE's 320
 LONG = 2048  # self-attention tokens from which a sequence counts as long
 
 

@@ -25,6 +25,7 @@ class StandInEngine:
         self.seconds = {"exact": [4.0, 8.0, 6.0], "fp4": [2.0, 3.0, 1.0], "int8": [2.0, 3.0, 1.0]}
         self.log: list[str] = []
         self.inspects = True
+        self.short_calls = False  # whether a run also reports calls its side's plan keeps exact
         self.shapes_differ = False
 
     def describe(self):
@@ -47,11 +48,16 @@ class StandInEngine:
         kernel = self.kernels[wished]
         line = {"wished": wished, "kernel": kernel, "reason": "told to", "calls": 24}
         line["fell_back"] = not kernel.startswith(wished)
+        lines = [line]
+        if side.precision is not Precision.EXACT and self.short_calls:
+            why = side.plan.choose(None, 320, 11)[1]
+            short = {"wished": "exact", "kernel": "exact", "reason": why, "fell_back": False, "calls": 24}
+            lines = [line, short]
         total = self.seconds[wished][past % 3]
         return Generation(
             total,
             [total / request.steps] * request.steps,
-            [line],
+            lines,
             total / 2,
             None,
             handle=side.precision.value,
@@ -74,9 +80,9 @@ class StandInEngine:
             return None
         each = {"a": ERRORS, "b": ERRORS, "floor": ERRORS}
         rows = [
-            {"layer": layer, "kind": kind, "step": step, "q_tokens": 4, "k_tokens": 4, **each}
+            {"layer": layer, "kind": kind, "step": step, "q_tokens": 320, "k_tokens": k_tokens, **each}
             for layer in range(2)
-            for kind in ("self", "cross")
+            for kind, k_tokens in (("self", 320), ("cross", 11))
             for step in range(2)
         ]
         return Inspection(rows, [{"step": 0, "sigma": 1.0, **each}])

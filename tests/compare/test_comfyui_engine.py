@@ -23,7 +23,7 @@ from comfy_sage3.cli import main
 from comfy_sage3.compare.comfyui_engine import NEEDED_NODES, ComfyUIEngine, prompt_graph, read_report
 from comfy_sage3.compare.engine import EMULATED_NOTE, Request, Side
 from comfy_sage3.compare.measure import compare
-from comfy_sage3.demo.sizes import GPU_SIZE, Size
+from comfy_sage3.demo.sizes import GPU_SIZE, MIN_TOKENS, Size
 from comfy_sage3.errors import EngineError
 from comfy_sage3.precision import Precision
 
@@ -229,6 +229,8 @@ def test_the_graph_asks_for_what_the_request_says():
         "int8",
         False,
     )
+    assert graph["attention"]["inputs"]["min_tokens"] == MIN_TOKENS
+    assert prompt_graph(REQUEST, Side("B", Precision.FP4, min_tokens=9))["attention"]["inputs"]["min_tokens"] == 9
     for node in graph.values():
         for value in node["inputs"].values():
             assert not isinstance(value, list) or value[0] in graph

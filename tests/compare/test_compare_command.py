@@ -13,7 +13,8 @@ from comfy_sage3.compare import command
 from comfy_sage3.compare.engine import EMULATED_NOTE
 
 pytest.importorskip("diffusers")
-SMALL = ["--size", "32x32x5", "--steps", "2", "--repeats", "2", "--device", "cpu"]
+# 8 tokens: without --min-tokens 0 they would all stay exact.
+SMALL = ["--size", "32x32x5", "--steps", "2", "--repeats", "2", "--device", "cpu", "--min-tokens", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,7 @@ def test_the_shift_follows_the_size_unless_it_is_given(arguments, shift):
         (["--steps", "0"], "number of steps is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--device", "abacus"], "Unknown device 'abacus'"),
+        (["--min-tokens", "-1"], "min_tokens is -1"),
         (["--repeats", "0"], "number of repeats is 0"),
         (["--prompt", "a red unicorn"], "does not know the word 'unicorn'"),
     ],
@@ -150,9 +152,25 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, signal
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_by_default_short_calls_stay_exact_and_that_is_said(tmp_path, capsys):
+    out = tmp_path / "out"
+    small = ["--size", "64x64x17", "--steps", "1", "--repeats", "1", "--device", "cpu"]  # 80 tokens
+    assert main(["compare", "--out", str(out), *small]) == 0
+    m = json.loads((out / "metrics.json").read_text())
+    side = m["sides"]["b"]
+    assert (side["min_tokens"], side["calls"], side["kept_exact"], side["fell_back"]) == (64, 24, 12, False)
+    assert {(x["kernel"], x["reason"]) for x in side["report"] if x["wished"] == "exact"} == {
+        ("exact", "fewer than 64 tokens")
+    }
+    errors = {kind: m["quality"]["replay"]["summary"][kind] for kind in ("self", "cross")}
+    assert errors["cross"]["b"] == errors["cross"]["floor"]
+    assert errors["self"]["b"]["relative_l1"] > 1e-3
+    assert "12 of 24 calls were kept exact by --min-tokens 64" in capsys.readouterr().out
+
+
 def test_emulation_can_be_switched_off(tmp_path, capsys):
     out = tmp_path / "out"
-    small = ["--size", "16x16x5", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+    small = ["--size", "16x16x5", "--steps", "1", "--repeats", "1", "--device", "cpu", "--min-tokens", "0"]
     assert main(["compare", "--no-emulate", "--out", str(out), *small]) == 0
     assert "Side B did not run as fp4 throughout" in capsys.readouterr().out
     side = json.loads((out / "metrics.json").read_text())["sides"]["b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
 
@@ -20,7 +21,8 @@ pytest.importorskip("diffusers")
 
 SIZE = Size(32, 32, 5)
 REQUEST = Request("a large red circle moving left on a black background", SIZE, seed=3, steps=2)
-EXACT, FP4 = Side("A", Precision.EXACT), Side("B", Precision.FP4)
+EXACT = Side("A", Precision.EXACT)
+FP4 = Side("B", Precision.FP4, min_tokens=0)  # the videos here are shorter than any real one
 LAYERS, KINDS, BRANCHES = 6, 2, 2
 
 
@@ -148,8 +150,24 @@ def test_a_run_reports_its_calls_and_times(engine):
     assert g.peak_memory_bytes is None
 
 
+def test_short_calls_stay_exact_with_a_reason(engine):
+    g = engine.generate(REQUEST, Side("B", Precision.FP4, min_tokens=9), quiet)  # self has 8 tokens, text 11
+    half = LAYERS * BRANCHES * REQUEST.steps
+    assert [(x["kernel"], x["calls"], x["fell_back"], x["reason"]) for x in g.report] == [
+        ("exact", 2 * half, False, "fewer than 9 tokens")
+    ]
+    wide = dataclasses.replace(REQUEST, size=Size(64, 64, 17), steps=1)  # 80 tokens
+    lines = engine.generate(wide, Side("B", Precision.FP4), quiet).report
+    assert {(x["wished"], x["kernel"], x["calls"], x["fell_back"]) for x in lines} == {
+        ("fp4", "fp4-emulated", 12, False),
+        ("exact", "exact", 12, False),
+    }
+    exact = engine.generate(wide, Side("A", Precision.EXACT), quiet).report
+    assert [(x["reason"], x["calls"]) for x in exact] == [("asked for", 24)]
+
+
 def test_without_emulation_the_fallback_and_its_reason_are_reported(engine):
-    g = engine.generate(REQUEST, Side("B", Precision.FP4, emulate=False), quiet)
+    g = engine.generate(REQUEST, Side("B", Precision.FP4, emulate=False, min_tokens=0), quiet)
     assert [line["kernel"] for line in g.report] == ["exact"]
     assert g.report[0]["fell_back"]
     assert g.report[0]["reason"]

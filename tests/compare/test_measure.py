@@ -11,8 +11,8 @@ import pytest
 from comfy_sage3.compare.capture import MAX_CAPTURED_BYTES, MAX_CAPTURED_STEPS, spread
 from comfy_sage3.compare.engine import EMULATED_NOTE, Request, Side
 from comfy_sage3.compare.measure import SCHEMA, SCHEMA_VERSION, compare, json_safe, pair
-from comfy_sage3.compare.tables import headline, terminal
-from comfy_sage3.demo.sizes import CPU_SIZE, GPU_SIZE, Size
+from comfy_sage3.compare.tables import command, headline, terminal
+from comfy_sage3.demo.sizes import CPU_SIZE, GPU_SIZE, MIN_TOKENS, Size
 from comfy_sage3.errors import EngineError, InputError
 from comfy_sage3.precision import Precision
 
@@ -65,6 +65,37 @@ def test_a_fallback_is_named_and_shows_no_ratio(standin, request_, sides):
     assert m["timing"]["a_over_b"] is None
     assert "Side B did not run as fp4 throughout" in headline(m)[0]
     assert "fell back: told to" in terminal(m)
+
+
+def test_calls_kept_exact_are_counted_and_are_no_fallback(standin, request_, sides):
+    standin.short_calls = True
+    m = compare(standin, request_, sides[0], Side("B", Precision.INT8)).metrics
+    a, b = m["sides"]["a"], m["sides"]["b"]
+    assert (a["kept_exact"], a["calls"], b["kept_exact"], b["calls"]) == (0, 24, 24, 48)
+    assert b["min_tokens"] == MIN_TOKENS
+    assert not b["fell_back"]
+    assert m["timing"]["a_over_b"] is not None
+    assert m["quality"]["replay"]["kept_exact"] == {"self": [], "cross": ["b"]}
+    text = terminal(m)
+    assert "B: 24 calls on exact (fewer than 64 tokens)" in text
+    assert "B: 24 of 48 calls were kept exact by --min-tokens 64." in text
+    assert "A: 0 of" not in text
+    assert "(self-attention, against exact fp32)" in text
+    assert "(cross-attention, against exact fp32; B kept exact)" in text
+    assert f"--min-tokens {MIN_TOKENS}" in command(m)
+    assert max(map(len, text.splitlines()[4:])) <= 100
+
+
+def test_a_side_kept_exact_throughout_is_named_in_the_headline(standin, request_, sides):
+    standin.kernels["fp4"] = "exact"
+    m = compare(standin, request_, *sides).metrics
+    m["sides"]["b"] |= {"fell_back": False, "kept_exact": 24}
+    assert headline(m)[0].endswith("Side B never ran as fp4: 24 of 24 calls were kept exact by --min-tokens 64.")
+
+
+def test_a_side_refuses_negative_min_tokens():
+    with pytest.raises(InputError, match="min_tokens is -1: give 0 or more"):
+        Side("B", Precision.FP4, min_tokens=-1)
 
 
 def test_metrics_are_strict_json_of_the_stated_schema(standin, request_, sides):

@@ -125,6 +125,15 @@ def test_the_noise_floor_and_the_reasons_are_on_the_page(make):
     assert c.metrics["quality"]["end_to_end"]["ssim_convention"].split(",")[0] in html
 
 
+def test_calls_kept_exact_are_on_the_page(make, standin):
+    standin.short_calls = True
+    html, _ = make()
+    assert "24 calls on <b>exact</b>: fewer than 64 tokens" in html
+    assert "<p>24 of 48 calls were kept exact by --min-tokens 64.</p>" in html
+    assert "cross-attention, against exact fp32; B kept exact" in html
+    assert "--min-tokens 64" in Reader(html).texts["pre"][0]
+
+
 def test_sheets_hold_every_frame_exactly(make):
     html, c = make()
     reader = Reader(html)
