@@ -1,10 +1,10 @@
-# What a person types: make demo, make test, make lint. Each sets up .venv on first use.
+# What a person types: make demo, make test, make lint, make sass. Each sets up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sass clean
 
 demo: $(READY)
 	$(BIN)/python -m comfy_sage3 compare --out runs/demo-compare
@@ -15,6 +15,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy comfy_sage3
+
+# Registers, spills and loops of every kernel for every architecture. Needs no GPU: the compiler comes from PyPI.
+sass: $(VENV)/.build-ready
+	$(BIN)/python -m comfy_sage3 sass
+
+$(VENV)/.build-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build]'
+	touch $@
 
 # torch comes first and alone, so that nothing else chooses its version.
 $(READY): pyproject.toml constraints.txt

@@ -59,6 +59,55 @@ class Machine:
         return None
 
 
+GIB_PER_JOB = 3.0  # what one nvcc takes for a large attention kernel
+
+
+def parallel_jobs(env: Mapping[str, str], cores: int | None = None, free_gib: float | None = None) -> int:
+    """How many compilers at once: cores and free memory bound it, and MAX_JOBS where set."""
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free_gib = free_memory_gib() if free_gib is None else free_gib
+    jobs = min(cores, int(free_gib / GIB_PER_JOB))
+    asked = env.get("MAX_JOBS", "")
+    if asked.isdigit():
+        jobs = min(jobs, int(asked))
+    return max(1, jobs)
+
+
+def free_memory_gib() -> float:
+    """Memory that can be had without swapping; 8 where the system does not say."""
+    try:
+        if sys.platform == "win32":
+            return _free_memory_windows()
+        text = Path("/proc/meminfo").read_text()
+        found = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) / 2**20  # type: ignore[index]
+        for limit, used in CGROUPS:  # a container's own limit
+            if Path(limit).exists() and (most := Path(limit).read_text().strip()).isdigit():
+                found = min(found, (int(most) - int(Path(used).read_text())) / 2**30)
+        return found
+    except (OSError, TypeError, ValueError, AttributeError):
+        return 8.0
+
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _free_memory_windows() -> float:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong) for name in ("total", "free", "page", "free_page", "v", "free_v", "ext")
+        ]
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return status.free / 2**30
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """The numbers in a version text: "13.0.88" -> (13, 0, 88)."""
     return tuple(int(x) for x in re.findall(r"\d+", text)) or (0,)
