@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Sage3Error
-from .cuda import Cuda, find_binary, find_cuda
-from .disassembly import Loop, Resources, main_loops, parse_functions, parse_resources
-from .flags import nvcc_flags
-from .machine import Machine, ToolchainError, parallel_jobs
+from .jit.cuda import Cuda, find_binary, find_cuda
+from .jit.disassembly import Loop, Resources, main_loops, parse_functions, parse_resources
+from .jit.flags import nvcc_flags
+from .jit.machine import Machine, ToolchainError, parallel_jobs
 from .sources import ALL, Tree, find_tree, gencode, parse_archs
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..sources import OLDEST_CUDA
 from .machine import EXTRA, Machine, ToolchainError, dotted, first_line, numbers
-from .sources import OLDEST_CUDA
 
 WHEELS = "NVIDIA's wheels"
 DOWNLOADS = "developer.nvidia.com/cuda-downloads"

@@ -1,0 +1,1 @@
+"""The parts of the build, one idea each; ``kernels.build`` puts them together."""
