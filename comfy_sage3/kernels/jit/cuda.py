@@ -36,7 +36,8 @@ class Cuda:
     def include_dirs(self) -> list[Path]:
         """Headers for the host compiler; nvcc finds its own."""
         roots = [self.home / "include", *sorted(self.home.glob("targets/*/include"))]
-        return [folder for root in roots for folder in (root, root / "cccl") if folder.is_dir()]
+        found = [folder for root in roots for folder in (root, root / "cccl") if folder.is_dir()]
+        return list({folder.resolve(): folder for folder in reversed(found)}.values())[::-1]  # links are doubles
 
     def header(self, name: str) -> Path | None:
         """Where a header of the toolkit lies."""
