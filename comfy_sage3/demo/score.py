@@ -43,7 +43,11 @@ def adherence(video: Tensor, scene: Scene) -> dict[str, bool | None]:
 
 def accuracy(videos: Tensor, scenes: list[Scene]) -> dict[str, float]:
     """The share of videos (B, 3, T, H, W) that show each aspect, of those whose scene names it."""
-    rows = [adherence(v, s) for v, s in zip(videos, scenes, strict=True)]
+    return shares([adherence(v, s) for v, s in zip(videos, scenes, strict=True)])
+
+
+def shares(rows: list[dict[str, bool | None]]) -> dict[str, float]:
+    """The share of verdicts of ``adherence`` that hold, for each aspect, of those that are not None."""
     result = {}
     for aspect in ASPECTS:
         values = [bool(r[aspect]) for r in rows if r[aspect] is not None]

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers", reason="the training script needs diffusers")
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "VAE_BATCHES", {"small": (1, 5, 32), "large": (1, 5, 32)})
+    monkeypatch.setattr(train, "VAE_BATCHES", {kind: (1, 5, 32) for kind in train.VAE_BATCHES})
     sets = {train.SMALL_SIZE: (4, 2), CPU_SIZE: (1, 1), GPU_SIZE: (1, 1)}
     monkeypatch.setattr(train, "LATENT_SETS", {train.SMALL_SIZE: sets[train.SMALL_SIZE]})
     monkeypatch.setattr(train, "SCORED", {train.SMALL_SIZE: (2, 2)})
@@ -44,6 +44,20 @@ def test_every_stage_runs_resumes_and_exports(toy):
     scores = card["scores"]["sizes"][str(train.SMALL_SIZE)]
     assert scores["prompts"] == 2
     assert scores["scorer_on_truth"]["colour"] == 1.0
+
+
+def test_without_a_checkpoint_training_goes_on_from_the_exported_weights(toy):
+    run, folder = toy
+    for stage, name in (("vae", load.VAE_FILE), ("transformer", load.TRANSFORMER_FILE)):
+        run(stage)
+        (folder / f"{stage}.checkpoint.safetensors").unlink()
+        first = json.loads((folder / load.CARD_FILE).read_text())["files"][name]
+        run(stage)
+        second = json.loads((folder / load.CARD_FILE).read_text())["files"][name]
+        assert second["curve"][: len(first["curve"])] == first["curve"]
+        assert second["curve"][-1]["step"] > first["curve"][-1]["step"]
+        assert [s["steps"] > 0 for s in second["slices"]] == [True, True]
+        assert second["sha256"] != first["sha256"]
 
 
 def test_folding_the_statistics_changes_no_pixel_and_standardises_the_latents(monkeypatch):
