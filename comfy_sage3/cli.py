@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": ("comfy_sage3.doctor", "what this machine can run, and why"),
     "compare": ("comfy_sage3.compare.command", "the same prompt and seed through two attention kernels"),
     "run": ("comfy_sage3.workflow", "run a ComfyUI workflow headless"),
+    "build": ("comfy_sage3.kernels.build_command", "compile the CUDA kernels now, or make a wheel with them inside"),
     "sass": ("comfy_sage3.kernels.sass", "registers, spills and loops of every kernel, without a GPU"),
     "numerics": ("comfy_sage3.numerics", "the accuracy tables of docs/numerics.md"),
     "train-demo": ("comfy_sage3.demo.train", "train the bundled model on one GPU"),

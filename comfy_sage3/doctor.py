@@ -15,6 +15,7 @@ import torch
 from . import __version__, reference
 from .attention import attention
 from .dispatch import Call, decide
+from .kernels import describe
 from .kernels.devices import capability_of
 from .metrics import attention_error
 from .precision import Precision
@@ -58,6 +59,7 @@ def examine() -> dict[str, Any]:
         },
         "devices": [_device(d) for d in devices],
         "decisions": [_decision(d, p) for d in devices for p in Precision],
+        "kernels": describe.describe(),
         "self_test": [self_test(d, p) for d in devices for p in ("fp4", "int8", "exact")],
         "packages": [_package(name, use) for name, use in OPTIONAL.items()] + [_nvcc()],
     }
@@ -99,6 +101,7 @@ def render(found: dict[str, Any]) -> str:
             if x["device"] == device["device"]:
                 fell_back = " (falls back)" if x["fell_back"] else ""
                 lines.append(f"  {x['precision']:<6}-> {x['kernel']}{fell_back}: {x['reason']}")
+    lines += ["", *describe.lines(found["kernels"])]
     lines += ["", "Self-test against exact attention (emulated where there is no kernel: quality, not speed)"]
     for test in found["self_test"]:
         kernel = test["kernel"] or test["precision"]

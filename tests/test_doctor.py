@@ -41,7 +41,7 @@ def test_versions_and_packages_are_listed_with_their_use(found):
 def test_json_is_the_same_data(capsys):
     assert main(["doctor", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert set(printed) == {"versions", "devices", "decisions", "self_test", "packages"}
+    assert set(printed) == {"versions", "devices", "decisions", "kernels", "self_test", "packages"}
 
 
 def test_text_names_every_decision_and_absent_package(found):

@@ -142,7 +142,7 @@ def obtain(setting: Setting, archs: tuple[str, ...], say: Say) -> tuple[Entry, s
     switches = setting.switches
     recipe = setting.recipe(archs)
     if not switches.wants_log:
-        entry = _prebuilt(setting, recipe, say)
+        entry = find_prebuilt(setting, recipe, say)
         if entry is not None:
             return entry, "prebuilt"
         entry = find_built(setting, recipe, say)
@@ -173,7 +173,7 @@ def _open(entry: Entry, setting: Setting) -> None:
         setting.open_library(entry.library)
 
 
-def _prebuilt(setting: Setting, recipe: Recipe, say: Say) -> Entry | None:
+def find_prebuilt(setting: Setting, recipe: Recipe, say: Say = lambda text: None) -> Entry | None:
     """The library that came with the package, if it fits."""
     if not setting.prebuilt.is_dir():
         return None

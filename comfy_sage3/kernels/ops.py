@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -21,12 +22,24 @@ from ..report import record_note
 from . import exact
 from .devices import AUTOCAST_DEVICES
 
-# A second copy of this package in one process (installed, and again as a ComfyUI node pack under another
-# name) gets ops of its own; importing the same name again replaces its ops, which torch supports.
-_PACKAGE = __name__.removesuffix(".kernels.ops")
-NAMESPACE = "comfy_sage3"
-if _PACKAGE != NAMESPACE:
-    NAMESPACE += "_" + hashlib.sha256(_PACKAGE.encode()).hexdigest()[:8]
+
+def _unused_namespace() -> str:
+    """A namespace for this load of the module, in which torch has no ops yet.
+
+    Never an old one: ``custom_op`` under a taken name destroys the op that was there, and whoever still holds
+    it (another module, a compiled graph, a node of a reloaded pack) then calls freed memory. The first load
+    as ``comfy_sage3`` is ``comfy_sage3``; a copy under another name (installed, and again as a ComfyUI node
+    pack) has a hash of that name, the same in every process; a reload has a number.
+    """
+    package = __name__.removesuffix(".kernels.ops")
+    first = "comfy_sage3"
+    if package != first:
+        first += "_" + hashlib.sha256(package.encode()).hexdigest()[:8]
+    names = chain([first], (f"{first}_load{n}" for n in count(2)))
+    return next(name for name in names if not hasattr(getattr(torch.ops, name), "exact_attention"))
+
+
+NAMESPACE = _unused_namespace()
 
 
 def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, infinite: bool) -> None:

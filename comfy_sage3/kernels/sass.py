@@ -140,7 +140,7 @@ def _one(
 ) -> list[Kernel]:  # fmt: skip
     label = source.relative_to(tree.root).as_posix() if source.is_relative_to(tree.root) else source.name
     cubin = folder / f"{label.replace('/', '-').removesuffix('.cu')}.sm_{arch}.cubin"
-    flags = nvcc_flags(machine.windows, tree.include, verbose=True)
+    flags = [*nvcc_flags(machine.windows), f"-I{tree.include}", "-Xptxas=-v"]
     log = _checked([cuda.nvcc, "-cubin", *flags, *extra, *gencode((arch,)), source, "-o", cubin])
     listing = _checked([cuobjdump, "-sass", cubin])
     cubin.with_suffix(".ptxas").write_text(log)
