@@ -135,3 +135,9 @@ def bench(tmp_path: Path) -> Bench:
     folder = tmp_path / "kernel büro 核 $x"
     folder.mkdir()
     return Bench(folder)
+
+
+@pytest.fixture
+def make_cuda(tmp_path: Path):
+    """A function that makes a toolkit's folder (its nvcc is not run by tests that use this)."""
+    return lambda home, **kwargs: fake_cuda(home, tmp_path / "calls.txt", **kwargs)
