@@ -105,7 +105,7 @@ def run_ninja(
 TELLING = (  # what says why a build failed, most telling first
     r"No space left on device",
     r"\bKilled\b|[Oo]ut of memory|cannot allocate memory",
-    r"(^|[\s:(])(fatal )?error( [A-Z]+\d+)?\s*:",
+    r"(^|[\s:(])(error|fatal)( error)?( [A-Z]+\d+)?\s*:",
     r"undefined reference|unresolved external",
     r"^ninja: ",
     r"^FAILED",
