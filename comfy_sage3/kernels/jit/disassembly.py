@@ -7,6 +7,7 @@ function, for a loop around everything in between.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 # Tensor-core instructions. Per thread: m*n*k / 32 multiply-adds, wgmma (the "G" forms) / 128.
 MMA = re.compile(r"^(HMMA|IMMA|QMMA|OMMA|DMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\.")
 _SHAPES = {"16832": (16, 8, 32), "16816": (16, 8, 16), "1688": (16, 8, 8), "16864": (16, 8, 64), "8816": (8, 8, 16)}
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+_WGMMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
 _LEAVES = {"EXIT", "RET", "BRX", "BRXU", "JMX", "KILL", "BPT"}
 
 
@@ -57,9 +59,7 @@ class Loop:
     @property
     def by_opcode(self) -> Counter[str]:
         """How many of each; tensor-core instructions with their shape, MUFU with its function."""
-        return Counter(
-            ".".join(x.opcode.split(".")[:2]) if MMA.match(x.opcode) or x.base == "MUFU" else x.base for x in self.body
-        )
+        return Counter(_kind(x) for x in self.body)
 
     @property
     def mma(self) -> int:
@@ -157,12 +157,22 @@ def main_loops(code: list[Instruction]) -> tuple[Loop, ...]:
 def _macs(opcode: str) -> float:
     if not MMA.match(opcode):
         return 0.0
-    shape = opcode.split(".")[1]
-    if match := re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape):
+    if match := _WGMMA_SHAPE.search(opcode):
         m, n, k = (int(x) for x in match.groups())
         return m * n * k / 128
-    m, n, k = _SHAPES.get(shape, (0, 0, 0))
+    m, n, k = next((_SHAPES[part] for part in opcode.split(".") if part in _SHAPES), (0, 0, 0))
     return m * n * k / 32
+
+
+def _kind(x: Instruction) -> str:
+    """The opcode as the table shows it: OMMA.SF.16864, MUFU.EX2, FFMA."""
+    if x.base == "MUFU":
+        return ".".join(x.opcode.split(".")[:2])
+    if not MMA.match(x.opcode):
+        return x.base
+    kept = itertools.takewhile(lambda part: not part[0].isdigit(), x.opcode.split("."))
+    shape = next((part for part in x.opcode.split(".") if part[0].isdigit()), "")
+    return ".".join([*kept, shape])
 
 
 def _without_padding(code: list[Instruction]) -> list[Instruction]:
