@@ -224,7 +224,7 @@ def studio(tmp_path):
         "vcvars64": f"Path=C:\\Windows;{cl.parent}\nINCLUDE=C:\\inc lude;C:\\Größe\nLIB=C:\\lib\n",
         "cl.exe": GERMAN_CL,
     }
-    return {"ProgramFiles(x86)": str(files), "ProgramFiles": str(tmp_path / "Program Files")}, answers, cl
+    return {"PROGRAMFILES(X86)": str(files), "PROGRAMFILES": str(tmp_path / "Program Files")}, answers, cl
 
 
 def test_cl_is_found_through_vswhere_with_its_environment(studio):
@@ -232,6 +232,8 @@ def test_cl_is_found_through_vswhere_with_its_environment(studio):
     host = find_host(machine(answers, env=env, windows=True))
     assert (host.path, host.kind, host.version) == (cl, "msvc", (19, 44, 35207))
     assert host.env["INCLUDE"] == "C:\\inc lude;C:\\Größe"
+    assert host.env["PATH"].startswith("C:\\Windows;")  # printed as Path; beside os.environ's PATH it would be a second one
+    assert "Path" not in host.env
 
 
 def test_cl_on_path_is_a_developer_prompt_and_needs_no_vswhere(tmp_path):
@@ -259,7 +261,7 @@ def test_the_newest_toolkit_of_the_usual_windows_folder(tmp_path, make_cuda):
         home = make_cuda(base / version)
         (home / "bin" / "nvcc").rename(home / "bin" / "nvcc.exe")
     answers = {"v12.8": nvcc("12.8"), "v13.0": nvcc("13.0"), "v9.2": nvcc("9.2")}
-    windows = machine(answers, env={"ProgramFiles": str(tmp_path)}, windows=True)
+    windows = machine(answers, env={"PROGRAMFILES": str(tmp_path)}, windows=True)
     assert find_cuda(windows).version == (13, 0)
     assert find_cuda(windows, "12.6").version == (12, 8)
 

@@ -61,7 +61,7 @@ def homes(machine: Machine) -> Iterator[tuple[Path, str]]:
     for root in machine.cuda_roots:
         yield root, str(root)
     if machine.windows:
-        base = Path(machine.env.get("ProgramFiles", r"C:\Program Files"), "NVIDIA GPU Computing Toolkit", "CUDA")
+        base = Path(machine.env.get("PROGRAMFILES", r"C:\Program Files"), "NVIDIA GPU Computing Toolkit", "CUDA")
         if base.is_dir():
             for root in sorted(base.iterdir(), key=lambda path: numbers(path.name), reverse=True):
                 yield root, str(root)

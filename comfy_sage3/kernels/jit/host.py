@@ -87,7 +87,7 @@ def _find_msvc(machine: Machine) -> Host:
     on_path = machine.which("cl")
     if on_path is not None:
         return _msvc(on_path, machine, {})
-    base = Path(machine.env.get("ProgramFiles(x86)", r"C:\Program Files (x86)"))
+    base = Path(machine.env.get("PROGRAMFILES(X86)", r"C:\Program Files (x86)"))
     vswhere = base / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
     if not vswhere.is_file():
         raise ToolchainError(f"No C++ compiler was found (neither cl.exe nor vswhere.exe): {INSTALL_MSVC}.")
@@ -102,9 +102,9 @@ def _find_msvc(machine: Machine) -> Host:
             continue
         # One string, since cmd has quoting rules of its own; chcp so that `set` prints paths as UTF-8.
         said = machine.run(f'cmd /d /s /c "chcp 65001 >nul & call "{batch}" >nul && set"')
-        env = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
-        path = next((value for name, value in env.items() if name.upper() == "PATH"), "")
-        for folder in path.split(";"):
+        pairs = (line.split("=", 1) for line in said.splitlines() if "=" in line)
+        env = {name.upper(): value for name, value in pairs}  # it prints Path, os.environ says PATH: one may stay
+        for folder in env.get("PATH", "").split(";"):
             if folder and Path(folder, "cl.exe").is_file():
                 return _msvc(Path(folder, "cl.exe"), machine, env)
     raise ToolchainError(f"Visual Studio was found, but not its C++ compiler: {INSTALL_MSVC}.")

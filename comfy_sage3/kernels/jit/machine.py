@@ -37,7 +37,7 @@ def site_packages() -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What discovery may ask of the machine it runs on."""
+    """What discovery may ask of the machine it runs on. On Windows the names in ``env`` are upper case, as in os.environ."""
 
     windows: bool = sys.platform == "win32"
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
