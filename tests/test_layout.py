@@ -31,8 +31,6 @@ OF_ROOM = {"__main__": "cli", "checks": "attention"}  # modules that belong to a
 
 # Of the floors below, these rooms may know only so much.
 ONLY = {"reference": {"errors"}, "pack": {"comfyui"}}
-# Of the floors above, only these may know the room.
-ONLY_FOR = {"comfyui": {"pack"}}
 # And these rooms are known to nobody else: outside ComfyUI they cannot be imported.
 KNOWN_TO = {"comfyui": {"pack"}}
 
