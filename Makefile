@@ -26,7 +26,9 @@ $(VENV)/.build-ready: $(READY)
 
 # torch comes first and alone, so that nothing else chooses its version.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo 'error: $(PYTHON) cannot make a virtual environment; install python3-venv and run make again.' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { test -e $(BIN)/pip || rm -rf $(VENV); exit 1; }  # nothing half-made stays behind
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $(READY)
