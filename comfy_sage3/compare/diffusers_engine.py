@@ -39,6 +39,7 @@ from .engine import Generation, Inspection, OnStep, Request, Side
 from .stopwatch import Stopwatch
 
 WAN_MODULE = "diffusers.models.transformers.transformer_wan"
+GET_DIFFUSERS = "pip install 'diffusers>=0.41,<0.43'"  # those that were run; 0.41 is the last for Python 3.10
 HOOK = "dispatch_attention_fn"
 EXACT = Side("exact", Precision.EXACT)
 
@@ -51,12 +52,12 @@ def wan_module() -> Any:
         module = importlib.import_module(WAN_MODULE)
     except ImportError as error:
         raise EngineError(
-            f"The diffusers engine needs diffusers 0.36 or newer ({error}): pip install diffusers==0.42.1."
+            f"The diffusers engine needs diffusers 0.36 or newer ({error}): {GET_DIFFUSERS}."
         ) from None
     if not callable(getattr(module, HOOK, None)):
         raise EngineError(
             f"diffusers {_version('diffusers')} does not send Wan's attention through {HOOK}, so it cannot "
-            "be compared: pip install diffusers==0.42.1."
+            f"be compared: {GET_DIFFUSERS}."
         )
     return module
 
@@ -120,8 +121,7 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
         yield
     if seen["blocks"] and not seen["calls"]:
         raise EngineError(
-            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: "
-            "pip install diffusers==0.42.1."
+            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: {GET_DIFFUSERS}."
         )
 
 

@@ -128,7 +128,7 @@ def test_a_transformer_that_ran_without_a_call_is_an_error(engine):
 def test_a_diffusers_that_routes_otherwise_is_refused(monkeypatch):
     monkeypatch.delattr(importlib.import_module(diffusers_engine.WAN_MODULE), "dispatch_attention_fn")
     with pytest.raises(
-        EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install diffusers=="
+        EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install 'diffusers>="
     ):
         DiffusersEngine("cpu")
 
