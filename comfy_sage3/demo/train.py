@@ -106,7 +106,11 @@ class Trainer:
         return (self.before + time.monotonic() - self.start) / self.budget
 
     def steps(self) -> Iterator[int]:
-        """Step numbers until this slice or the budget ends; writes the checkpoint at the end."""
+        """Step numbers until this slice or the budget ends; writes the checkpoint at the end.
+
+        The clock starts here: loading and encoding are not training, however slow the machine.
+        """
+        self.start = time.monotonic()
         while time.monotonic() - self.start < self.slice and self.progress < 1:
             yield self.step
         self._save()
@@ -370,7 +374,6 @@ def train_transformer(args: argparse.Namespace) -> None:
     sets = {size: LatentSet(vae, size, n, batch, generator) for size, (n, batch) in LATENT_SETS.items()}
     del vae
     print(f"encoded {sum(n for n, _ in LATENT_SETS.values())} clips in {time.monotonic() - begun:.0f} s", flush=True)
-    trainer.start = time.monotonic()  # the budget is for training
 
     text = TextTable(args.device)
     forward = model if args.no_compile else torch.compile(model, dynamic=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import signal
 
 import pytest
 
@@ -135,11 +137,17 @@ def test_an_unusable_out_is_refused_before_any_work(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err.count("error:") == 2
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, signal_name):
-    import os
-    import signal
+@pytest.fixture
+def listening():
+    """SIGINT raises KeyboardInterrupt, also where the suite is a shell's background job, which ignores it."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+@pytest.mark.usefixtures("listening")
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, signal_name):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
         command.Bar,
