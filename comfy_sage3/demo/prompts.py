@@ -100,7 +100,7 @@ def parse(text: str) -> Scene:
                 )
             known[name] = word
         else:
-            near = difflib.get_close_matches(raw, [*VOCABULARY, *SYNONYMS], n=3)
+            near = difflib.get_close_matches(raw, [*VOCABULARY, *SYNONYMS], n=3, cutoff=0.7)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known words are {', '.join(VOCABULARY)}."
             raise InputError(f"The bundled model does not know the word {raw[:40]!r}: {hint}")
     found = tuple(Object(**o) for o in objects if o)
