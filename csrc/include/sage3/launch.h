@@ -1,0 +1,43 @@
+// The launchers: plain functions that binding.cpp calls, each defined in the .cu of its name. No torch here.
+// Each returns the launch's error; nothing is synchronised.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "sage3/int8_format.cuh"
+
+namespace sage3 {
+
+enum class Dtype : int { kFloat16, kBFloat16, kFloat32, kBool };
+
+// A tensor of four dims (batch, head, token, channel) anywhere in memory. Strides are in elements, 0 where expanded.
+struct Tensor4 {
+  const void* data;
+  int64_t stride[4];
+  Dtype dtype;
+};
+
+struct Int8Quantize {
+  int8::Shape shape;
+  Tensor4 q, k, v;   // q (B, H, Lq, head_dim); k, v (B, Hkv, Lk, head_dim); one dtype, any strides, any alignment
+  float scale;       // of the scores, natural units: softmax(scale * q k^T)
+  void* workspace;   // int8::Workspace(shape).bytes, 256-byte aligned
+  float* lse;        // null, or (B, H, Lq): receives scale * q . k_mean, which subtracting the mean took away
+};
+
+struct Int8Attend {
+  int8::Shape shape;
+  const void* workspace;  // as Int8Quantize left it
+  Tensor4 out;            // (B, H, Lq, head_dim); data is written; channels are dense (stride[3] == 1)
+  float* lse;             // null, or (B, H, Lq): natural log-sum-exp; holds the mean's part already
+  Tensor4 mask;           // (B, H, Lq, Lk), strides 0 where broadcast; bool (true = attend) or floating; data null: none
+  unsigned char* mask_tiles;  // with a mask: MaskTileIndex(shape, mask).bytes of scratch
+  bool causal;            // query i attends keys 0..i
+  int multiprocessors;
+};
+
+cudaError_t int8_quantize(const Int8Quantize&, cudaStream_t);
+cudaError_t int8_attend_sm90(const Int8Attend&, cudaStream_t);
+cudaError_t int8_attend_mma(const Int8Attend&, cudaStream_t);
+
+}  // namespace sage3

@@ -1,0 +1,66 @@
+// Single instructions for numbers, each named by what it computes; the comment gives the SASS it becomes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sage3 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// 2^x, subnormal results flushed to zero. MUFU.EX2
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x). MUFU.LG2
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger one; NaN if either is, so that a bad number is seen and not rounded away. FMNMX.NAN
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// Round to the nearest integer, ties to even. Written as PTX: with it ptxas makes F2IP of a pair that is packed next,
+// which runs at full rate; the intrinsic becomes F2I on the slow unit.
+__device__ __forceinline__ int round_to_int(float x) {
+  int y;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// Four floats -> four bytes, rounded and saturated to 0..255, a in the lowest byte. 2 F2IP.U8 (sm_86 on)
+__device__ __forceinline__ uint32_t pack_u8(float a, float b, float c, float d) {
+  uint32_t high, word;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(round_to_int(d)), "r"(round_to_int(c)));
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(round_to_int(b)), "r"(round_to_int(a)), "r"(high));
+  return word;
+}
+
+// Four floats -> four bytes, rounded and saturated to -128..127, a in the lowest byte. 2 F2IP.S8 (sm_86 on)
+__device__ __forceinline__ uint32_t pack_s8(float a, float b, float c, float d) {
+  uint32_t high, word;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(round_to_int(d)), "r"(round_to_int(c)));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(round_to_int(b)), "r"(round_to_int(a)), "r"(high));
+  return word;
+}
+
+// sum + the four unsigned bytes of word. IDP.4A
+__device__ __forceinline__ uint32_t add_bytes(uint32_t word, uint32_t sum) { return __dp4a(word, 0x01010101u, sum); }
+
+// The maximum of three integers. VIMNMX3 (sm_90); two VIMNMX before
+__device__ __forceinline__ int max3(int a, int b, int c) { return max(max(a, b), c); }
+
+}  // namespace sage3
