@@ -1,0 +1,116 @@
+// Online softmax on one tile of scores: a warp's 16 queries x 128 keys, as wgmma and mma.sync leave them.
+//
+// Fragment: lane = 4 * g + t. Value 4j, 4j+1 of a thread is row g, columns 8j+2t, 8j+2t+1; value 4j+2, 4j+3 is row g+8.
+// All exponents are base 2: a row's factor c = q_scale * k_scale holds scale * log2(e) already.
+//
+// P is quantised per row and tile to 0..255 with the tile's own maximum at 255, so flat and peaked rows keep eight bits
+// in every tile. O is kept relative to a reference m of the row that moves only when a tile's maximum passes it by
+// 2^kLazy (after FlashAttention-4's conditional rescaling): fp32 has the range, and the final division is exact either
+// way. The row's sum is taken from the quantised P, so that its rounding cancels in the division.
+#pragma once
+
+#include "sage3/launch.h"
+#include "sage3/numeric.cuh"
+
+namespace sage3 {
+
+constexpr int kTileScores = 64;             // per thread: 16 * 128 / 32
+constexpr int kTileWords = kTileScores / 4; // of quantised P: the A operands of four k-steps of 32 tokens
+constexpr float kLazy = 40.0f;              // 2^40 * 2^24 codes * 2^18 tokens stay far inside fp32
+constexpr float kLog2TopCode = 7.994353436858858f;  // log2(255)
+constexpr float kNobody = -1e30f;           // the maximum of a row that attends nothing: finite, so that no NaN arises
+
+// What a thread keeps of its two rows (g and g + 8) over all tiles.
+struct RowState {
+  float m[2] = {kNegativeInfinity, kNegativeInfinity};  // reference of O and l
+  float l[2] = {0.0f, 0.0f};  // sum of this thread's codes of P, relative to m; add up over the quad at the end
+};
+
+// The larger value of each of the quad's four threads; NaN wins.
+__device__ __forceinline__ float quad_max(float x) {
+  x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// The tile's maximum of both rows, from integer scores: one factor per row and thread, and c >= 0.
+__device__ __forceinline__ void tile_max(const int (&s)[kTileScores], const float (&c)[2], float (&top)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int most = max(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+    for (int j = 1; j < kTileScores / 4; ++j) most = max3(most, s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+    top[r] = quad_max(c[r] * __int2float_rn(most));
+  }
+}
+
+// The tile's maximum from scores that are floats already (see scores_as_floats).
+__device__ __forceinline__ void tile_max_of_floats(const int (&y)[kTileScores], float (&top)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float most = kNobody;
+#pragma unroll
+    for (int j = 0; j < kTileScores / 4; ++j) {
+      most = max_nan(most, __int_as_float(y[4 * j + 2 * r]));
+      most = max_nan(most, __int_as_float(y[4 * j + 2 * r + 1]));
+    }
+    top[r] = quad_max(most);
+  }
+}
+
+// Codes of P in the order of the A operand: word 4k + {0, 1, 2, 3} of k-step k of 32 tokens is (row g, first 16 tokens),
+// (row g + 8, first 16), (row g, last 16), (row g + 8, last 16); v8's token permutation makes that right.
+// `exponent(i)` is log2 of 255 * P of value i. Adds the codes of each row to sum.
+template <class Exponent>
+__device__ __forceinline__ void quantize_p(uint32_t (&p)[kTileWords], uint32_t (&sum)[2], Exponent exponent) {
+#pragma unroll
+  for (int half = 0; half < kTileScores / 8; ++half) {  // 16 tokens: n8 tiles 2 * half and 2 * half + 1
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = 8 * half + 2 * r;
+      const uint32_t word = pack_u8(exp2_approx(exponent(i)), exp2_approx(exponent(i + 1)),
+                                    exp2_approx(exponent(i + 4)), exp2_approx(exponent(i + 5)));
+      sum[r] = add_bytes(word, sum[r]);
+      p[2 * half + r] = word;
+    }
+  }
+}
+
+// Moves m up where a tile's maximum has left it far behind: `rescale(r, factor)` must multiply row r of O. Returns in
+// weight what the tile's codes count for relative to m, and adds the tile to l.
+template <class Rescale>
+__device__ __forceinline__ void update_rows(RowState& state, const float (&top)[2], const uint32_t (&sum)[2],
+                                            float (&weight)[2], Rescale rescale) {
+  const bool behind = top[0] - state.m[0] > kLazy || top[1] - state.m[1] > kLazy;
+  if (__any_sync(0xffffffffu, behind)) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!(top[r] - state.m[r] > kLazy)) continue;
+      const float factor = exp2_approx(state.m[r] - top[r]);  // 0 at the first tile, where m is -inf
+      state.l[r] *= factor;
+      state.m[r] = top[r];
+      rescale(r, factor);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    weight[r] = exp2_approx(top[r] - state.m[r]);
+    state.l[r] = fmaf(weight[r], __uint2float_rn(sum[r]), state.l[r]);
+  }
+}
+
+// The rows' ends: the factor that turns O into an average, and the natural log-sum-exp (-inf for an empty row).
+__device__ __forceinline__ void finish_rows(const RowState& state, float (&inverse)[2], float (&lse)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float l = quad_sum(state.l[r]);
+    inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
+    lse[r] = l == 0.0f ? kNegativeInfinity : kLn2 * (state.m[r] + log2_approx(l) - kLog2TopCode);
+  }
+}
+
+}  // namespace sage3
