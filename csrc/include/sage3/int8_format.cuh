@@ -8,7 +8,7 @@
 //   k8       int8 [B*Hkv][key tiles of 128 rows][128*D bytes]  rows of 32, 64 or 128 bytes, swizzled (key_offset)
 //   k_scale  f32  [B*Hkv][key tiles][4]                      k8 * k_scale = k - k_mean, one per group of tokens
 //   v8       int8 [B*Hkv][key tiles][D*128 bytes]            channel-major, tokens permuted, swizzled (value_offset)
-//   v_scale  f32  [B*Hkv][key tiles][D/32]                   v8 * v_scale * v_norm + v_mean = v, per 32 channels
+//   v_scale  f32  [B*Hkv][key tiles][value_scales(D)]       v8 * v_scale * v_norm + v_mean = v, per 32 channels
 //   k_mean, v_mean, v_norm  f32 [B*Hkv][D]
 //
 // D is the head dim padded to 64, 96, 128 or 256. Rows past the end of the sequence and channels past the head dim hold
@@ -37,6 +37,9 @@ constexpr float kTopCode = 255.0f; // P is quantised to 0..255, the largest of a
 SAGE3_HD constexpr int padded_head_dim(int d) {
   return d <= 0 ? 0 : d <= 64 ? 64 : d <= 96 ? 96 : d <= 128 ? 128 : d <= 256 ? 256 : 0;
 }
+
+// Scales of a V tile: D / 32, padded to whole 16 bytes so that a bulk copy can bring them.
+SAGE3_HD constexpr int value_scales(int d) { return d <= 128 ? 4 : 8; }
 
 // Bytes of a row of K inside one swizzled block: a whole row of 64 or 128, a half of 256, a third of 96.
 SAGE3_HD constexpr int key_block(int d) { return d == 64 ? 64 : d == 96 ? 32 : 128; }
@@ -102,7 +105,7 @@ struct Workspace {
     k8 = take(kv_heads * s.key_tiles() * kKeyTile * d);
     k_scale = take(kv_heads * s.key_tiles() * kKeyGroups * 4);
     v8 = take(kv_heads * s.key_tiles() * kKeyTile * d);
-    v_scale = take(kv_heads * s.key_tiles() * (d / kChannelGroup) * 4);
+    v_scale = take(kv_heads * s.key_tiles() * value_scales(s.d()) * 4);
     k_mean = take(kv_heads * d * 4);
     v_mean = take(kv_heads * d * 4);
     v_norm = take(kv_heads * d * 4);
