@@ -4,7 +4,6 @@
 // what would otherwise read or write past the end of memory.
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -83,7 +82,7 @@ void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, cons
   const c10::cuda::CUDAGuard guard(workspace.device());
   sage3::Int8Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape)};
   call.causal = is_causal;
-  call.multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
   Tensor scores, tiles;  // must outlive the launch
   if (mask.has_value()) {
     TORCH_CHECK(mask->device() == workspace.device(), "mask must be on the GPU of q");
