@@ -1,12 +1,13 @@
 // 8-bit attention on Hopper: INT8 Q K^T and INT8 P V on wgmma.
 //
 // One block is one producer warpgroup, which brings K and V tiles of 128 tokens by bulk copies (int8_format.cuh: they
-// lie in memory as wgmma wants them, so there are no tensor maps), and two or three consumer warpgroups of 64 queries.
-// A consumer keeps Q in registers and, per tile n,
+// lie in memory as wgmma wants them, so there are no tensor maps), and two consumer warpgroups of 64 queries.
+// Per tile n a consumer
 //
-//   softmax(n) -> P        row maximum on raw integers, 255 * 2^x packed to u8: the A operand without a shuffle
-//   P(n) V(n), Q K(n+1)    issued back to back; warpgroups take turns, so that one's products run under another's softmax
-//   O += P V               the exact integers of one tile, times 2^(tile's maximum - reference) and V's scale
+//   issues Q K(n), P(n-1) V(n-1)  back to back; warpgroups take turns, so that one's products run under another's softmax
+//   softmax(n) -> P(n)            row maximum on raw integers, 255 * 2^x packed to u8: the A operand without a shuffle
+//   O += P(n-1) V(n-1)            in the middle of it: the exact integers of one tile, times 2^(tile's maximum -
+//                                 reference) and V's scale
 //
 // Both products are integer: FP8's accumulator keeps 14 bits and needs the same promotion, and u8 codes with the tile's
 // own maximum are finer than e4m3's three bits of mantissa (docs/performance.md has both, measured).
@@ -29,23 +30,20 @@ namespace {
 using int8::kKeyTile;
 using int8::kQueryTile;
 
-// What depends on the head dim. 65,536 registers: producer + consumers * budget.
+// What depends on the head dim. 65,536 registers: producer 24, each consumer 240 a thread.
 template <int D>
 struct Config {
-  static constexpr int kConsumers = D == 64 ? 3 : 2;
+  static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = D == 64 ? 32 : 24;
-  static constexpr int kConsumerRegisters = D == 64 ? 160 : 240;
   static constexpr int kQueries = kConsumers * kQueryTile;
   static constexpr int kTileBytes = kKeyTile * D;
-  static constexpr int kStages = D == 256 ? 3 : 4;
-  static constexpr int kSteps = D / 32;          // of the contraction of Q K^T
+  static constexpr int kStages = D == 256 ? 2 : 4;
+  static constexpr int kSteps = D / 32;                  // of the contraction of Q K^T
   static constexpr int kValueBlock = D < 128 ? D : 128;  // channels of one P V
-  // Q K(n+1) in flight while P V(n) is promoted: both accumulators live. Head dim 256 has no registers for it, and at
-  // 64 three warpgroups cover the tensor cores, which wait for the exponentials anyway.
-  static constexpr bool kOverlap = D == 128 || D == 96;
-  static constexpr bool kQueriesInRegisters = D != 256;
   static constexpr int kValueScales = int8::value_scales(D);
+  // Products of one tile under the softmax of the next need both accumulators at once: too much for head dim 256.
+  static constexpr bool kOverlap = D != 256;
+  static constexpr bool kQueriesInRegisters = D < 128;
 };
 
 template <int D>
@@ -243,21 +241,20 @@ __device__ __forceinline__ void multiply_pv(int (&acc)[kChannels / 2], const uin
   for (int step = 1; step < kKeyTile / 32; ++step) sm90::wgmma<true, true>(acc, p + 4 * step, v + 2 * step);
 }
 
-// O += (P V) * weight * v_scale for the channels from 32 * kFirstGroup on.
-template <int kFirstGroup, int kCount, int kAll>
-__device__ __forceinline__ void promote(float (&o)[kAll], const int (&acc)[kCount], const float (&weight)[2],
-                                        const float* v_scale) {
+// O += (P V) * weight * v_scale for the channels from first_channel on.
+template <int kCount, int kAll>
+__device__ __forceinline__ void promote(float (&o)[kAll], int first_channel, const int (&acc)[kCount],
+                                        const float (&weight)[2], const float* v_scale) {
 #pragma unroll
-  for (int group = 0; group < kCount / 16; ++group) {
-    const float scale = v_scale[kFirstGroup + group];
-    const float factor[2] = {weight[0] * scale, weight[1] * scale};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float& to = o[16 * (kFirstGroup + group) + i];
-      to = fmaf(__int2float_rn(acc[16 * group + i]), factor[i / 2 % 2], to);
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const float factor = weight[i / 2 % 2] * v_scale[first_channel / int8::kChannelGroup + i / 16];
+    float& to = o[first_channel / 2 + i];
+    to = fmaf(__int2float_rn(acc[i]), factor, to);
   }
 }
+
+template <int kCount>
+using Pending = std::integral_constant<int, kCount>;  // groups of wgmma that may stay in flight
 
 // A consumer warpgroup.
 template <int D, bool kMask>
@@ -316,9 +313,9 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       multiply_qk<D>(s, q, shared.k[k_place.stage]);
       sm90::wgmma_commit();
     };
-    auto finish_qk = [&] {
+    auto finish_qk = [&](auto pending) {
       k_scale = shared.k_scale[k_place.stage][t];
-      sm90::wgmma_wait<0>();
+      sm90::wgmma_wait<decltype(pending)::value>();
       sm90::pin(s);
       release(&shared.k_empty[k_place.stage]);
       k_place.advance();
@@ -327,18 +324,27 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
 #pragma unroll
       for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
     };
-    // Scores of tile n -> codes of P and the rows' weights.
-    auto soften = [&] {
+    // Scores of tile n -> codes of P and the rows' weights. Half of the exponentials come before `meanwhile`, which waits
+    // for the products of the tile before, and half after it, so that they cover its latency and its instructions.
+    auto soften_with = [&](const float (&top)[2], auto exponent, auto meanwhile) {
+      uint32_t sum[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < kTileScores / 2; ++i) s[i] = __float_as_int(exp2_approx(exponent(i)));
+      meanwhile();
+      quantize_codes<0, kTileScores / 2>(p8, sum, [&](int i) { return __int_as_float(s[i]); });
+      quantize_codes<kTileScores / 2, kTileScores>(p8, sum, [&](int i) { return exp2_approx(exponent(i)); });
+      update_rows(state, top, sum, weight, rescale);
+    };
+    auto soften = [&](auto meanwhile) {
       const float c[2] = {q_scale[0] * k_scale, q_scale[1] * k_scale};
       const int after = (n + 1) * kKeyTile;
       bool plain = after <= shape.keys && (!p.call.causal || after <= first_row + 1);
       if constexpr (kMask) plain = plain && mask_row[n] == kMaskAll;
       float top[2];
-      uint32_t sum[2] = {0, 0};
       if (plain) {
         tile_max(s, c, top);
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
-        quantize_p(p8, sum, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); });
+        soften_with(top, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); }, meanwhile);
       } else {
         const int first_column = n * kKeyTile + 2 * t;
         const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
@@ -351,46 +357,65 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
         tile_max_of_floats(s, top);
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
-        quantize_p(p8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
+        soften_with(top, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; }, meanwhile);
       }
-      update_rows(state, top, sum, weight, rescale);
     };
 
-    // P V of tile n; with kNext the scores of the next tile are computed meanwhile and are there on return.
-    auto multiply_and_fetch = [&](auto has_next) {
-      constexpr bool kNext = decltype(has_next)::value, kMeanwhile = kNext && C::kOverlap;
-      int acc[C::kValueBlock / 2];
-      const unsigned char* const v_tile = shared.v[v_place.stage];
+    auto next_v = [&] {
       sm90::barrier_wait(&shared.v_full[v_place.stage], v_place.parity);
-      wait_turn();
-      multiply_pv<C::kValueBlock>(acc, p8, v_tile);
-      sm90::wgmma_commit();
-      if constexpr (kMeanwhile) start_qk();
-      pass_turn();
-      sm90::wgmma_wait<kMeanwhile ? 1 : 0>();
-      sm90::pin(acc);
-      promote<0>(o, acc, weight, shared.v_scale[v_place.stage]);
-      if constexpr (D > C::kValueBlock) {
-        multiply_pv<C::kValueBlock>(acc, p8, v_tile + kKeyTile * C::kValueBlock);
-        sm90::wgmma_commit();
-        sm90::wgmma_wait<0>();
-        sm90::pin(acc);
-        promote<C::kValueBlock / 32>(o, acc, weight, shared.v_scale[v_place.stage]);
-      }
+      return shared.v[v_place.stage];
+    };
+    auto release_v = [&] {
       release(&shared.v_empty[v_place.stage]);
       v_place.advance();
-      if constexpr (kNext && !kMeanwhile) start_qk();
-      if constexpr (kNext) finish_qk();
     };
 
-    if (n < tiles.end) {
-      start_qk(), finish_qk();
-      for (int next; (next = tiles.from(n + 1)) < tiles.end; n = next) {
-        soften();
-        multiply_and_fetch(std::true_type{});
+    if constexpr (C::kOverlap) {
+      int acc[D / 2];
+      auto finish_pv = [&] {
+        sm90::wgmma_wait<0>();
+        sm90::pin(acc);
+        promote(o, 0, acc, weight, shared.v_scale[v_place.stage]);
+        release_v();
+      };
+      if (n < tiles.end) {
+        start_qk();
+        finish_qk(Pending<0>{});
+        soften([] {});
+        for (; (n = tiles.from(n + 1)) < tiles.end;) {
+          const unsigned char* const v_tile = next_v();
+          wait_turn();
+          start_qk();
+          multiply_pv<D>(acc, p8, v_tile);
+          sm90::wgmma_commit();
+          pass_turn();
+          finish_qk(Pending<1>{});
+          soften(finish_pv);
+        }
+        const unsigned char* const v_tile = next_v();
+        wait_turn();
+        multiply_pv<D>(acc, p8, v_tile);
+        sm90::wgmma_commit();
+        pass_turn();
+        finish_pv();
       }
-      soften();
-      multiply_and_fetch(std::false_type{});
+    } else {
+      for (; n < tiles.end; n = tiles.from(n + 1)) {
+        start_qk();
+        finish_qk(Pending<0>{});
+        soften([] {});
+        const unsigned char* const v_tile = next_v();
+        int acc[C::kValueBlock / 2];
+#pragma unroll
+        for (int block = 0; block < D / C::kValueBlock; ++block) {
+          multiply_pv<C::kValueBlock>(acc, p8, v_tile + block * kKeyTile * C::kValueBlock);
+          sm90::wgmma_commit();
+          sm90::wgmma_wait<0>();
+          sm90::pin(acc);
+          promote(o, block * C::kValueBlock, acc, weight, shared.v_scale[v_place.stage]);
+        }
+        release_v();
+      }
     }
 
     float inverse[2], lse[2];
@@ -421,10 +446,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    sm90::register_budget_down<C::kProducerRegisters>();
+    sm90::register_budget_down<24>();
     if (threadIdx.x == 0) produce<D, kMask>(p, shared);
   } else {
-    sm90::register_budget_up<C::kConsumerRegisters>();
+    sm90::register_budget_up<240>();
     consume<D, kMask>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
   }
 }

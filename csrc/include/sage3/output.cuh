@@ -43,13 +43,17 @@ __device__ __forceinline__ void store_output(const float (&o)[D / 2], const floa
   const Tensor4& out = call.out;
   const bool wide = out.dtype != Dtype::kFloat32;
   char* const base = static_cast<char*>(const_cast<void*>(out.data));
+  constexpr int kAhead = D < 128 ? D / 32 : 4;  // blocks whose means and norms are fetched at once
+  float2 mean[4 * kAhead], norm[4 * kAhead];
 #pragma unroll
   for (int block = 0; block < D / 32; ++block) {  // 32 channels: four n8 tiles
-    float mean[8], norm[8];
+    if (block % kAhead == 0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int channel = 32 * block + 8 * (i / 2) + 2 * t + i % 2;
-      mean[i] = v_mean[channel], norm[i] = v_norm[channel];
+      for (int i = 0; i < 4 * kAhead; ++i) {
+        const int channel = 32 * block + 8 * i + 2 * t;
+        mean[i] = *reinterpret_cast<const float2*>(v_mean + channel);
+        norm[i] = *reinterpret_cast<const float2*>(v_norm + channel);
+      }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -60,7 +64,9 @@ __device__ __forceinline__ void store_output(const float (&o)[D / 2], const floa
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float centred = o[16 * block + 4 * (i / 2) + 2 * r + i % 2] * inverse[r];
-        value[i] = inverse[r] == 0.0f ? 0.0f : fmaf(centred, norm[i], mean[i]);
+        const int pair = 4 * (block % kAhead) + i / 2;
+        const float scaled = i % 2 ? fmaf(centred, norm[pair].y, mean[pair].y) : fmaf(centred, norm[pair].x, mean[pair].x);
+        value[i] = inverse[r] == 0.0f ? 0.0f : scaled;
       }
       if (wide) {
         uint32_t word[4];
