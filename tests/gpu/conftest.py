@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections import Counter
@@ -52,12 +51,9 @@ def kernel(request: pytest.FixtureRequest) -> calls.Kernel:
 
 
 @pytest.fixture(autouse=True)
-def _a_clean_device():
-    """A launch that failed is the fault of the test that made it, and no test leaves memory behind."""
+def _a_launch_that_failed_is_the_fault_of_the_test_that_made_it():
     yield
     torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -146,7 +146,9 @@ def test_a_growing_maximum(kernel):
         q[..., 0] = 1.0
         token = torch.arange(1000, device=q.device)
         k[..., 0] = slope * torch.where(token < turn, token, 2 * turn - token) / 8
-        found += problems(*kernel.with_lse(q, k, v, scale=1.0), q, k, v, scale=1.0, normal=False, lse_factor=60)
+        # a scale of 1 is 8 times the usual one; the steeper ones leave K's other channels few codes
+        factor = 8 if slope == 0.01 else 0
+        found += problems(*kernel.with_lse(q, k, v, scale=1.0), q, k, v, scale=1.0, normal=False, lse_factor=factor)
     assert not found, "\n".join(found)
 
 

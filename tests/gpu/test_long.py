@@ -1,11 +1,18 @@
 """Long sequences: offsets past 32 bits, accumulators that would overflow, memory that stays bounded."""
 
+import pytest
 import torch
 
 from .calls import DEVICE, qkv, randn, scale_of
 from .exact import LSE_MEAN, NORMAL, exact, lse_problems, relative_l1
 
 LONG = 200_000
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back():
+    yield
+    torch.cuda.empty_cache()
 
 
 def test_two_hundred_thousand_keys(kernel):

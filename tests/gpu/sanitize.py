@@ -1,0 +1,115 @@
+"""A few small calls of every kind, to be run under NVIDIA's compute-sanitizer (of the CUDA toolkit), once per tool:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1     # every tensor its own allocation: one byte too far is seen
+    compute-sanitizer --error-exitcode 9 --tool memcheck --leak-check full python tests/gpu/sanitize.py
+    compute-sanitizer --error-exitcode 9 --tool racecheck --racecheck-report all python tests/gpu/sanitize.py
+    compute-sanitizer --error-exitcode 9 --tool initcheck python tests/gpu/sanitize.py
+    compute-sanitizer --error-exitcode 9 --tool synccheck python tests/gpu/sanitize.py
+
+Build the kernels before (python -m comfy_sage3 build), or the compiler runs under the tool too. ``--kernel sm90`` and
+``--only causal`` narrow it down; SAGE3_LINEINFO=1 gives line numbers. racecheck does not know that a bulk copy (TMA)
+signals an mbarrier, and reports hazards between such a copy and the reads that wait for it: those are false.
+leak-check names what torch keeps until the process ends. Exits with 1 where a result is wrong, 2 where no kernel is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from comfy_sage3.kernels import build
+from tests.gpu.calls import HEAD_DIMS, KERNELS, LOWEST
+from tests.gpu.exact import problems
+
+
+class Call(NamedTuple):
+    """One call; tensors on the CPU."""
+
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+def inputs(lq: int, lk: int, d: int, h: int = 2, hkv: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """N(0,1) from the CPU: no kernel but ours is watched."""
+    generator = torch.Generator().manual_seed(lq + lk + d)
+    return [torch.randn(1, n, tokens, d, generator=generator).to(dtype) for n, tokens in ((h, lq), (hkv, lk), (hkv, lk))]
+
+
+def calls() -> Iterator[Call]:
+    """Ragged ends, every head dim, enough tiles that every ring of buffers comes round, every kind of mask."""
+    for d in HEAD_DIMS:
+        yield Call(f"ragged hd{d}", *inputs(70, 131, d))
+    for d in (64, 96, 128, 256):
+        yield Call(f"long hd{d}", *inputs(200, 1000, d))
+        yield Call(f"causal hd{d}", *inputs(300, 301, d), causal=True)
+    yield Call("causal, more keys", *inputs(97, 400, 128), causal=True)
+    yield Call("causal, more queries", *inputs(400, 97, 64), causal=True)
+    yield Call("one query, one key", *inputs(1, 1, 64))
+    yield Call("one query", *inputs(1, 700, 128))
+    yield Call("grouped", *inputs(130, 257, 128, h=8))
+    for dtype in (torch.float16, torch.float32):
+        yield Call(f"{dtype}"[6:], *inputs(113, 203, 72, dtype=dtype))
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(113, 203, 128)]
+    yield Call("token-major", *token_major)
+    yield Call("every second channel", *(x[..., ::2] for x in inputs(113, 203, 128)))
+    generator = torch.Generator().manual_seed(1)
+    kept = torch.rand(1, 2, 130, 391, generator=generator) < 0.7
+    kept[:, :, 64:128, 128:256] = False
+    kept[:, :, :64, 256:384] = True
+    kept[:, :, 129] = False
+    yield Call("bool mask", *inputs(130, 391, 64), mask=kept)
+    yield Call("bool mask, causal", *inputs(130, 391, 128), mask=kept, causal=True)
+    yield Call("padding mask", *inputs(130, 391, 128), mask=torch.arange(391)[None, None, None] < 300)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        bias = torch.randn(1, 1, 130, 391, generator=generator).to(dtype).masked_fill(~kept[:, :1], -torch.inf)
+        yield Call(f"additive mask {dtype}"[:32], *inputs(130, 391, 96), mask=bias)
+
+
+def main() -> int:
+    """Run the calls, hold each against fp64. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernel", choices=KERNELS, help="default: every one that this GPU has")
+    parser.add_argument("--only", default="", help="calls whose name contains this")
+    args = parser.parse_args()
+    outcome = build.load()
+    if isinstance(outcome, build.Failure):
+        print(f"no kernels: {outcome.reason}", file=sys.stderr)
+        return 2
+    here = torch.cuda.get_device_capability()
+    kernels = [n for n in KERNELS if LOWEST[n][0] <= here <= LOWEST[n][1] and args.kernel in (None, n)]
+    wrong = 0
+    for kernel in kernels:
+        for call in calls():
+            if args.only not in call.name:
+                continue
+            q, k, v = (to_gpu(x) for x in (call.q, call.k, call.v))
+            mask = None if call.mask is None else call.mask.cuda()
+            out, lse = outcome.ops.int8_attention(q, k, v, mask, call.causal, call.q.shape[-1] ** -0.5, True, kernel)
+            torch.cuda.synchronize()
+            found = problems(out.cpu(), lse.cpu(), *call[1:], normal=call.mask is None, lse_factor=2)
+            wrong += len(found)
+            print(f"{kernel:<5} {call.name}: {'; '.join(found) or 'right'}", flush=True)
+    return 1 if wrong else 0 if kernels else 2
+
+
+def to_gpu(x: Tensor) -> Tensor:
+    """The same strides on the GPU: what lies between the elements comes along."""
+    base = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return base.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
