@@ -107,9 +107,21 @@ struct Scale {
   __device__ __forceinline__ explicit Scale(float largest_magnitude) {
     const bool nothing = largest_magnitude < 1e-36f;
     scale = nothing ? 0.0f : largest_magnitude * (1.0f / kMaxCode);
-    inverse = nothing ? 0.0f : kMaxCode / largest_magnitude;
+    // The fast division gives 0 for divisors above 2^126: a sixteenth of both stays below.
+    inverse = nothing ? 0.0f : __fdividef(kMaxCode / 16.0f, largest_magnitude * (1.0f / 16.0f));
   }
 };
+
+// (x - mean) * factor, for `shift` = -mean * factor. One multiply-add for 16-bit numbers, whose own rounding is coarser
+// than that of shift; fp32 is subtracted first, as a large mean would leave shift without its last digits.
+template <class T>
+__device__ __forceinline__ float centred(float x, float mean, float factor, float shift) {
+  if constexpr (sizeof(T) == 4) {
+    return (x - mean) * factor;
+  } else {
+    return fmaf(x, factor, shift);
+  }
+}
 
 __device__ __forceinline__ void load_channels(float (&x)[kChunk], const float* from) {
   const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
@@ -145,22 +157,24 @@ __device__ __forceinline__ void quantize_keys(const Params& p, int batch, int he
   const int64_t bh = int64_t(batch) * shape.kv_heads + head, at_tile = bh * p.key_tiles + tile;
   const int row0 = threadIdx.x / L::kRowLanes, channel = threadIdx.x % L::kRowLanes * kChunk;
   const HeadRows<T, kDense> rows(p.call.k, batch, head, shape.keys, shape.head_dim);
-  const int first = tile * kTile + row0;
+  const int first = tile * kTile + row0, past = shape.keys - 1 - first;
+  const int last = past < 0 ? first : first + past / L::kRows * L::kRows;  // of this thread's tokens
 
   Chunk<T> x[L::kTurns];
 #pragma unroll
-  for (int i = 0; i < L::kTurns; ++i) x[i] = rows.load(first + i * L::kRows, channel);
+  for (int i = 0; i < L::kTurns; ++i) {  // past the end: the last one again, which changes no maximum
+    x[i] = rows.load(min(first + i * L::kRows, last), channel);
+  }
   float mean[kChunk] = {};
   if (channel < D) load_channels(mean, p.part<const float>(p.at.k_mean) + bh * D + channel);
 
+  Extremes<T> extremes(x[0]);
+#pragma unroll
+  for (int i = 1; i < L::kTurns; ++i) extremes.add(x[i]);
   float most = 0.0f;
 #pragma unroll
-  for (int i = 0; i < L::kTurns; ++i) {
-    if (first + i * L::kRows >= shape.keys) break;
-    x[i].stay_packed();
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) most = max_nan(most, fabsf(x[i][c] - mean[c]));
-  }
+  for (int c = 0; c < kChunk; ++c) most = max_nan(most, extremes.distance(c, mean[c]));
+  if (past < 0) most = 0.0f;
   // Half warps whose rows have one group follow each other kRun at a time: two rows of kRowLanes lanes.
   constexpr int kHalves = L::kThreads / 16, kRun = L::kRowLanes / 8, kPerGroup = kHalves / kKeyGroups;
   most = lanes_max<16>(most);
@@ -171,15 +185,17 @@ __device__ __forceinline__ void quantize_keys(const Params& p, int batch, int he
   const Scale s(largest<kPerGroup>(shared.partial + group * kPerGroup));
   if (channel == 0 && row0 < 8 && row0 % 2 == 0) p.part<float>(p.at.k_scale)[at_tile * kKeyGroups + group] = s.scale;
 
+  float shift[kChunk];
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) shift[c] = -mean[c] * s.inverse;
 #pragma unroll
   for (int i = 0; i < L::kTurns; ++i) {
-    x[i].stay_packed();
     float code[kChunk];
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) code[c] = (x[i][c] - mean[c]) * s.inverse;
-    const bool real = first + i * L::kRows < shape.keys;
-    const uint2 words = make_uint2(real ? pack_s8(code[0], code[1], code[2], code[3]) : 0,
-                                   real ? pack_s8(code[4], code[5], code[6], code[7]) : 0);
+    for (int c = 0; c < kChunk; ++c) code[c] = centred<T>(x[i][c], mean[c], s.inverse, shift[c]);
+    const uint32_t real = first + i * L::kRows <= last && past >= 0 ? 0xffffffffu : 0;
+    const uint2 words = make_uint2(real & pack_s8(code[0], code[1], code[2], code[3]),
+                                   real & pack_s8(code[4], code[5], code[6], code[7]));
     if (channel < D) {
       *reinterpret_cast<uint2*>(shared.tile + int8::key_offset(row0 + i * L::kRows, channel, D)) = words;
     }
@@ -206,29 +222,29 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
 #pragma unroll
   for (int turn = 0; turn < L::kValueTurns; ++turn) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[turn][i] = rows.load(tile * kTile + token_of(turn, i), channel);
+    for (int i = 0; i < 4; ++i) {  // past the end: the last token again, which changes no maximum
+      x[turn][i] = rows.load(min(tile * kTile + token_of(turn, i), shape.keys - 1), channel);
+    }
   }
   float mean[kChunk] = {}, factor[kChunk] = {};
-  if (channel < D) load_channels(mean, p.part<const float>(p.at.v_mean) + bh * D + channel);
+  if (channel < D) {
+    load_channels(mean, p.part<const float>(p.at.v_mean) + bh * D + channel);
+    load_channels(factor, p.part<const float>(p.at.v_norm) + bh * D + channel);
+  }
 
-  float top[kChunk] = {};
+  Extremes<T> extremes(x[0][0]);
 #pragma unroll
   for (int turn = 0; turn < L::kValueTurns; ++turn) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (token_of(turn, i) >= real_tokens) continue;
-      x[turn][i].stay_packed();
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) top[c] = max_nan(top[c], fabsf(x[turn][i][c] - mean[c]));
-    }
+    for (int i = 0; i < 4; ++i) extremes.add(x[turn][i]);
   }
-  if (channel < D) load_channels(factor, p.part<const float>(p.at.v_norm) + bh * D + channel);
+  float most = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
     factor[c] = channel < D ? __fdividef(1.0f, factor[c]) : 0.0f;  // norms are neither subnormal nor above 2^64
-    top[c] *= factor[c];
+    most = max_nan(most, extremes.distance(c, mean[c]) * factor[c]);
   }
-  const float most = lanes_max<32>(largest<kChunk>(top));
+  most = lanes_max<32>(most);
   if (lane == 0) shared.partial[warp] = most;
   __syncthreads();
   const auto scale_of = [&](int group) { return Scale(largest<L::kGroupWarps>(shared.partial + group * L::kGroupWarps)); };
@@ -240,20 +256,23 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
 
   if (channel < D) {
     const float inverse = scale_of(warp / L::kGroupWarps).inverse;
+    float shift[kChunk];
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) factor[c] *= inverse;
+    for (int c = 0; c < kChunk; ++c) {
+      factor[c] *= inverse;
+      shift[c] = -mean[c] * factor[c];
+    }
 #pragma unroll
     for (int turn = 0; turn < L::kValueTurns; ++turn) {
       uint32_t real = 0;  // the bytes of tokens before the end of the sequence
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[turn][i].stay_packed();
         real |= token_of(turn, i) < real_tokens ? 0xffu << (8 * i) : 0;
       }
       uint32_t word[kChunk];
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
-        const auto code = [&](int i) { return (x[turn][i][c] - mean[c]) * factor[c]; };
+        const auto code = [&](int i) { return centred<T>(x[turn][i][c], mean[c], factor[c], shift[c]); };
         word[c] = real & pack_s8(code(0), code(1), code(2), code(3));
       }
       // Stored one channel after the other, the lanes of a column would meet those of the others in their banks, which

@@ -28,9 +28,13 @@ __device__ __forceinline__ float log2_approx(float x) {
 
 // The larger one; NaN if either is, so that a bad number is seen and not rounded away. FMNMX.NAN
 __device__ __forceinline__ float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // which has no such instruction
+  return a > b || a != a ? a : b;
+#else
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
+#endif
 }
 
 // Round to the nearest integer, ties to even. Written as PTX: with it ptxas makes F2IP of a pair that is packed next,
