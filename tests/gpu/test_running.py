@@ -1,11 +1,10 @@
 """Being run: again and again, beside other work, in graphs, compiled, on streams and devices of the caller's choice."""
 
-import sys
-
 import pytest
 import torch
 
 from comfy_sage3 import Report, attention
+from comfy_sage3.kernels import ops
 
 from . import calls
 from .calls import DEVICE, qkv, randn, scale_of
@@ -197,16 +196,17 @@ def test_compiled_without_a_graph_break(backend, layout, expected):
 
 
 def test_the_registered_op_passes_opcheck(kernel):
-    """Schema, fake kernel, strides: whatever op the door calls for this kernel."""
-    table = getattr(sys.modules["comfy_sage3.attention"], "_LOW_BIT", {})
-    op = table.get(f"int8-{kernel.name}")
-    if not isinstance(op, torch._library.custom_ops.CustomOpDef):
-        pytest.skip(f"no Python op is registered for int8-{kernel.name}")
+    """Schema, fake kernel, strides."""
+    op = getattr(ops, "int8_attention_compiled", None)
+    if op is None:
+        pytest.skip("no Python op is registered for the compiled kernels")
     q, k, v = qkv(97, 113, 64)
     mask = calls.some_mask((2, 1, 97, 113), torch.bool)
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    for given in ((q, k, v, None), (q, k, v, mask), (*token_major, None)):
-        torch.library.opcheck(op, (*given, False, None, ""), test_utils=("test_schema", "test_faketensor"))
+    odd_channels = [torch.cat([x, x], -1)[..., ::2] for x in (q, k, v)]
+    for given in ((q, k, v, None), (q, k, v, mask), (*token_major, None), (*odd_channels, None)):
+        for return_lse in (False, True):
+            torch.library.opcheck(op, (*given, False, 0.125, return_lse, kernel.name))
 
 
 def test_a_wrong_kernel_name_is_an_error_not_a_crash(kernel):
