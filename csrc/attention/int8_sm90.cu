@@ -4,15 +4,15 @@
 // lie in memory as wgmma wants them, so there are no tensor maps), and two consumer warpgroups of 64 queries.
 // Per tile n a consumer
 //
-//   issues Q K(n), P(n-1) V(n-1)  back to back; warpgroups take turns, so that one's products run under another's softmax
+//   issues Q K(n), P(n-1) V(n-1)  back to back
 //   softmax(n) -> P(n)            row maximum on raw integers, 255 * 2^x packed to u8: the A operand without a shuffle
 //   O += P(n-1) V(n-1)            in the middle of it: the exact integers of one tile, times 2^(tile's maximum -
 //                                 reference) and V's scale
 //
 // Both products are integer: FP8's accumulator keeps 14 bits and needs the same promotion, and u8 codes with the tile's
 // own maximum are finer than e4m3's three bits of mantissa (docs/performance.md has both, measured).
-// Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, ping-pong, setmaxnreg); quantisation after
-// SageAttention2 (arXiv 2411.10958). The grid is persistent: every multiprocessor walks over (head, query block) jobs.
+// Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, setmaxnreg; its named barriers that make
+// warpgroups take turns cost 5 % here); quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent: every multiprocessor walks over (head, query block) jobs.
 
 #include <algorithm>
 #include <type_traits>
@@ -39,7 +39,6 @@ struct Config {
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kStages = D == 256 ? 2 : 4;
   static constexpr int kSteps = D / 32;                  // of the contraction of Q K^T
-  static constexpr int kValueBlock = D < 128 ? D : 128;  // channels of one P V
   static constexpr int kValueScales = int8::value_scales(D);
   // Products of one tile under the softmax of the next need both accumulators at once: too much for head dim 256.
   static constexpr bool kOverlap = D != 256;
@@ -181,7 +180,7 @@ struct Queries {
   // `from` is the tile in q8; null where the sequence has ended.
   __device__ __forceinline__ void load(const uint4* from, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    if constexpr (!C::kQueriesInRegisters) sm90::named_wait(8 + consumer, 128);  // the last job's products are done
+    if constexpr (!C::kQueriesInRegisters) sm90::named_wait(1 + consumer, 128);  // the last job's products are done
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
       const uint4 loaded = from == nullptr ? make_uint4(0, 0, 0, 0) : from[(warp * C::kSteps + step) * 32 + lane];
@@ -199,7 +198,7 @@ struct Queries {
     }
     if constexpr (!C::kQueriesInRegisters) {
       sm90::fence_shared();
-      sm90::named_wait(8 + consumer, 128);
+      sm90::named_wait(1 + consumer, 128);
     }
   }
 };
@@ -265,13 +264,9 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);  // the same in all lanes, and known to be
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-  const int my_turn = 1 + consumer, next_turn = 1 + (consumer + 1) % C::kConsumers;
-  auto wait_turn = [&] { sm90::named_wait(my_turn, 256); };
-  auto pass_turn = [&] { sm90::named_arrive(next_turn, 256); };
   auto release = [&](uint64_t* barrier) {
     if (lane == 0) sm90::barrier_arrive(barrier);
   };
-  if (consumer == C::kConsumers - 1) pass_turn();  // the first warpgroup begins
 
   Place<C::kStages> k_place, v_place;
   Queries<D> q(shared, consumer);
@@ -330,6 +325,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       uint32_t sum[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < kTileScores / 2; ++i) s[i] = __float_as_int(exp2_approx(exponent(i)));
+      sm90::pin(s);  // here, and not after the wait
       meanwhile();
       quantize_codes<0, kTileScores / 2>(p8, sum, [&](int i) { return __int_as_float(s[i]); });
       quantize_codes<kTileScores / 2, kTileScores>(p8, sum, [&](int i) { return exp2_approx(exponent(i)); });
@@ -384,19 +380,15 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         soften([] {});
         for (; (n = tiles.from(n + 1)) < tiles.end;) {
           const unsigned char* const v_tile = next_v();
-          wait_turn();
           start_qk();
           multiply_pv<D>(acc, p8, v_tile);
           sm90::wgmma_commit();
-          pass_turn();
           finish_qk(Pending<1>{});
           soften(finish_pv);
         }
         const unsigned char* const v_tile = next_v();
-        wait_turn();
         multiply_pv<D>(acc, p8, v_tile);
         sm90::wgmma_commit();
-        pass_turn();
         finish_pv();
       }
     } else {
@@ -405,14 +397,15 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         finish_qk(Pending<0>{});
         soften([] {});
         const unsigned char* const v_tile = next_v();
-        int acc[C::kValueBlock / 2];
+        constexpr int kBlock = 128;  // channels of one P V
+        int acc[kBlock / 2];
 #pragma unroll
-        for (int block = 0; block < D / C::kValueBlock; ++block) {
-          multiply_pv<C::kValueBlock>(acc, p8, v_tile + block * kKeyTile * C::kValueBlock);
+        for (int block = 0; block < D / kBlock; ++block) {
+          multiply_pv<kBlock>(acc, p8, v_tile + block * kKeyTile * kBlock);
           sm90::wgmma_commit();
           sm90::wgmma_wait<0>();
           sm90::pin(acc);
-          promote(o, block * C::kValueBlock, acc, weight, shared.v_scale[v_place.stage]);
+          promote(o, block * kBlock, acc, weight, shared.v_scale[v_place.stage]);
         }
         release_v();
       }

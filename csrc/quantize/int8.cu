@@ -1,4 +1,4 @@
-// Quantisation of the 8-bit attention: Q, K and V of any floating dtype and strides -> the workspace of int8_format.cuh.
+// Quantisation of the 8-bit attention: Q, K and V, of any floating dtype and strides -> the workspace (int8_format.cuh).
 //
 // Two launches.
 //   statistics  one block per (batch, kv head) and K or V: k_mean, v_mean and v_norm, from a sample of the tokens
@@ -63,6 +63,9 @@ struct Layout {
   static constexpr int kQueryLanes = kThreads / (kTile / 2);
   static constexpr int kQueryChunks = D / kChunk / kQueryLanes;
 
+  // Whether there are such channels: false for what the idle lanes would take.
+  static __device__ __forceinline__ bool has(int channel) { return D != 96 || channel < D; }
+
   static_assert(kRows % 8 == 0, "a thread's rows of K must share their token % 8, so that it has one scale");
   static_assert(kValueTurns * (D == 96 ? 2 : kGroupWarps) == 4, "the warps of a channel group must cover 128 tokens");
   static_assert(kQueryLanes * kQueryChunks * kChunk == D, "the lanes of a row of Q must cover it");
@@ -107,8 +110,8 @@ struct Scale {
   __device__ __forceinline__ explicit Scale(float largest_magnitude) {
     const bool nothing = largest_magnitude < 1e-36f;
     scale = nothing ? 0.0f : largest_magnitude * (1.0f / kMaxCode);
-    // The fast division gives 0 for divisors above 2^126: a sixteenth of both stays below.
-    inverse = nothing ? 0.0f : __fdividef(kMaxCode / 16.0f, largest_magnitude * (1.0f / 16.0f));
+    // A sixteenth: also the largest fp32 is then within the reciprocal's range.
+    inverse = nothing ? 0.0f : reciprocal_approx(largest_magnitude * (1.0f / 16.0f)) * (kMaxCode / 16.0f);
   }
 };
 
@@ -137,7 +140,8 @@ __device__ __forceinline__ void swap_if(bool condition, uint32_t& a, uint32_t& b
 
 // Shared memory -> global memory, 16 bytes a thread, in order.
 template <int D>
-__device__ __forceinline__ void copy_out(unsigned char* to, const Shared<D>& shared, int bytes = Layout<D>::kTileBytes) {
+__device__ __forceinline__ void copy_out(unsigned char* to, const Shared<D>& shared,
+                                         int bytes = Layout<D>::kTileBytes) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < Layout<D>::kTileBytes; i += 16 * Layout<D>::kThreads) {
@@ -156,17 +160,17 @@ __device__ __forceinline__ void quantize_keys(const Params& p, int batch, int he
   const int8::Shape& shape = p.call.shape;
   const int64_t bh = int64_t(batch) * shape.kv_heads + head, at_tile = bh * p.key_tiles + tile;
   const int row0 = threadIdx.x / L::kRowLanes, channel = threadIdx.x % L::kRowLanes * kChunk;
-  const HeadRows<T, kDense> rows(p.call.k, batch, head, shape.keys, shape.head_dim);
+  const HeadRows<T, kDense> rows(p.call.k, batch, head, shape.head_dim);
   const int first = tile * kTile + row0, past = shape.keys - 1 - first;
   const int last = past < 0 ? first : first + past / L::kRows * L::kRows;  // of this thread's tokens
 
   Chunk<T> x[L::kTurns];
 #pragma unroll
   for (int i = 0; i < L::kTurns; ++i) {  // past the end: the last one again, which changes no maximum
-    x[i] = rows.load(min(first + i * L::kRows, last), channel);
+    x[i] = rows.load(min(first + i * L::kRows, last), channel, past >= 0);
   }
   float mean[kChunk] = {};
-  if (channel < D) load_channels(mean, p.part<const float>(p.at.k_mean) + bh * D + channel);
+  if (L::has(channel)) load_channels(mean, p.part<const float>(p.at.k_mean) + bh * D + channel);
 
   Extremes<T> extremes(x[0]);
 #pragma unroll
@@ -196,7 +200,7 @@ __device__ __forceinline__ void quantize_keys(const Params& p, int batch, int he
     const uint32_t real = first + i * L::kRows <= last && past >= 0 ? 0xffffffffu : 0;
     const uint2 words = make_uint2(real & pack_s8(code[0], code[1], code[2], code[3]),
                                    real & pack_s8(code[4], code[5], code[6], code[7]));
-    if (channel < D) {
+    if (L::has(channel)) {
       *reinterpret_cast<uint2*>(shared.tile + int8::key_offset(row0 + i * L::kRows, channel, D)) = words;
     }
   }
@@ -214,7 +218,7 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
   const int column = lane % 4, channel = warp / L::kGroupWarps * kChannelGroup + column * kChunk;
   const int token0 = 16 * (lane / 16 + 2 * (warp % L::kGroupWarps)) + 2 * (lane / 4 % 4);  // of the tile, first turn
   constexpr int kTurnTokens = 32 * L::kGroupWarps;
-  const HeadRows<T, kDense> rows(p.call.v, batch, head, shape.keys, shape.head_dim);
+  const HeadRows<T, kDense> rows(p.call.v, batch, head, shape.head_dim);
   const auto token_of = [&](int turn, int i) { return token0 + turn * kTurnTokens + 8 * (i / 2) + i % 2; };
   const int real_tokens = shape.keys - tile * kTile;
 
@@ -223,11 +227,11 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
   for (int turn = 0; turn < L::kValueTurns; ++turn) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // past the end: the last token again, which changes no maximum
-      x[turn][i] = rows.load(min(tile * kTile + token_of(turn, i), shape.keys - 1), channel);
+      x[turn][i] = rows.load(min(tile * kTile + token_of(turn, i), shape.keys - 1), channel, true);
     }
   }
   float mean[kChunk] = {}, factor[kChunk] = {};
-  if (channel < D) {
+  if (L::has(channel)) {
     load_channels(mean, p.part<const float>(p.at.v_mean) + bh * D + channel);
     load_channels(factor, p.part<const float>(p.at.v_norm) + bh * D + channel);
   }
@@ -241,20 +245,22 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
   float most = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
-    factor[c] = channel < D ? __fdividef(1.0f, factor[c]) : 0.0f;  // norms are neither subnormal nor above 2^64
+    factor[c] = L::has(channel) ? reciprocal_approx(factor[c]) : 0.0f;  // norms are neither subnormal nor above 2^64
     most = max_nan(most, extremes.distance(c, mean[c]) * factor[c]);
   }
   most = lanes_max<32>(most);
   if (lane == 0) shared.partial[warp] = most;
   __syncthreads();
-  const auto scale_of = [&](int group) { return Scale(largest<L::kGroupWarps>(shared.partial + group * L::kGroupWarps)); };
+  const auto scale_of = [&](int group) {
+    return Scale(largest<L::kGroupWarps>(shared.partial + group * L::kGroupWarps));
+  };
   constexpr int kScales = int8::value_scales(D);
   if (threadIdx.x < kScales) {
     const int group = threadIdx.x;
     p.part<float>(p.at.v_scale)[at_tile * kScales + group] = group < L::kGroups ? scale_of(group).scale : 0.0f;
   }
 
-  if (channel < D) {
+  if (L::has(channel)) {
     const float inverse = scale_of(warp / L::kGroupWarps).inverse;
     float shift[kChunk];
 #pragma unroll
@@ -302,14 +308,15 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
   const int64_t bh = int64_t(batch) * shape.heads + head, padded = shape.query_tiles() * kQueryTile;
   const int pair = threadIdx.x / L::kQueryLanes, lane = threadIdx.x % L::kQueryLanes;
   const int row0 = pair / 8 * 16 + pair % 8;
-  const HeadRows<T, kDense> rows(p.call.q, batch, head, shape.queries, shape.head_dim);
+  const HeadRows<T, kDense> rows(p.call.q, batch, head, shape.head_dim);
 
   Chunk<T> x[2][L::kQueryChunks];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
     for (int i = 0; i < L::kQueryChunks; ++i) {
-      x[r][i] = rows.load(tile * kTile + row0 + 8 * r, (lane + i * L::kQueryLanes) * kChunk);
+      const int row = tile * kTile + row0 + 8 * r;
+      x[r][i] = rows.load(row, (lane + i * L::kQueryLanes) * kChunk, row < shape.queries);
     }
   }
 
@@ -455,11 +462,11 @@ __global__ void __launch_bounds__(kStatisticsThreads, 1) int8_statistics(const _
   const int8::Shape& shape = p.call.shape;
   const int bh = blockIdx.x / 2, batch = bh / shape.kv_heads, head = bh % shape.kv_heads;
   const bool values = blockIdx.x % 2;
-  const HeadRows<T, kDense> rows(values ? p.call.v : p.call.k, batch, head, shape.keys, shape.head_dim);
+  const HeadRows<T, kDense> rows(values ? p.call.v : p.call.k, batch, head, shape.head_dim);
   const int row0 = threadIdx.x / L::kRowLanes, channel = threadIdx.x % L::kRowLanes * kChunk;
   const int samples = min(shape.keys, kSamples);
 
-  const Chunk<T> origin = rows.load(0, channel);
+  const Chunk<T> origin = rows.load(0, channel, true);
   float sum[kChunk] = {}, square[kChunk] = {};
 #pragma unroll 1
   for (int first = row0; first < samples; first += kBatch * kRows) {
@@ -467,7 +474,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, 1) int8_statistics(const _
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int sample = first + i * kRows;
-      x[i] = rows.load(sample < samples ? sample_token(sample, shape.keys) : shape.keys, channel);
+      x[i] = rows.load(sample_token(sample, shape.keys), channel, sample < samples);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -512,7 +519,8 @@ cudaError_t launch(const Int8Quantize& call, cudaStream_t stream) {
   const int64_t query_items = int8::ceil_div(shape.queries, kTile), key_tiles = shape.key_tiles();
   const int64_t items = q_heads * query_items + 2 * kv_heads * key_tiles;
   if (items > INT_MAX) return cudaErrorInvalidValue;  // blocks of a grid
-  const Params params{call, int8::Workspace(shape), static_cast<unsigned>(query_items), static_cast<unsigned>(key_tiles)};
+  const Params params{call, int8::Workspace(shape), static_cast<unsigned>(query_items),
+                      static_cast<unsigned>(key_tiles)};
   int8_statistics<T, D, kDense><<<static_cast<unsigned>(2 * kv_heads), kStatisticsThreads, 0, stream>>>(params);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

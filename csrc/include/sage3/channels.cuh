@@ -38,34 +38,31 @@ struct Chunk {
   }
 };
 
-// The larger (or smaller) numbers of two words, NaN winning: one of fp32, two of 16 bits. FMNMX.NAN, HMNMX2.NAN
-template <class T>
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b) {
-  if constexpr (std::is_same_v<T, float>) {
-    return __float_as_uint(max_nan(__uint_as_float(a), __uint_as_float(b)));
-  } else {
-    uint32_t y;
+// The larger, or smaller, numbers of two words, NaN winning: one of fp32, two of 16 bits. FMNMX.NAN, HMNMX2.NAN
+template <class T, bool kLarger>
+__device__ __forceinline__ uint32_t extreme(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // a number at a time
-    const auto pick = [&](int i) {
-      const float x = Chunk<T>{{a}}[i], z = Chunk<T>{{b}}[i];
-      return (x > z || x != x ? a : b) & (i ? 0xffff0000u : 0xffffu);
-    };
-    y = pick(0) | pick(1);
-#else
-    if constexpr (std::is_same_v<T, __half>) {
-      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    } else {
-      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    }
-#endif
-    return y;
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4 / int(sizeof(T)); ++i) {
+    const float x = Chunk<T>{{a}}[i], y = Chunk<T>{{b}}[i];
+    const bool first = x != x || (kLarger ? x > y : x < y);
+    word |= (first ? a : b) & (sizeof(T) == 4 ? 0xffffffffu : 0xffffu << (16 * i));
   }
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t min_of_words(uint32_t a, uint32_t b) {
-  constexpr uint32_t kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
-  return max_of_words<T>(a ^ kSigns, b ^ kSigns) ^ kSigns;
+#else
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kLarger) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    else asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (kLarger) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    else asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  } else {
+    if constexpr (kLarger) asm("max.NaN.f32 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    else asm("min.NaN.f32 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  }
+#endif
+  return word;
 }
 
 // The largest and smallest numbers of some chunks, channel by channel. They are found on packed words: half the
@@ -79,13 +76,15 @@ struct Extremes {
   __device__ __forceinline__ void add(const Chunk<T>& x) {
 #pragma unroll
     for (int i = 0; i < Chunk<T>::kWords; ++i) {
-      most.word[i] = max_of_words<T>(most.word[i], x.word[i]);
-      least.word[i] = min_of_words<T>(least.word[i], x.word[i]);
+      most.word[i] = extreme<T, true>(most.word[i], x.word[i]);
+      least.word[i] = extreme<T, false>(least.word[i], x.word[i]);
     }
   }
 
   // max |x - mean| of channel c.
-  __device__ __forceinline__ float distance(int c, float mean) const { return max_nan(most[c] - mean, mean - least[c]); }
+  __device__ __forceinline__ float distance(int c, float mean) const {
+    return max_nan(most[c] - mean, mean - least[c]);
+  }
 };
 
 // The largest magnitude of all channels of some chunks.
@@ -96,7 +95,7 @@ struct LargestMagnitude {
   __device__ __forceinline__ void add(const Chunk<T>& x) {
     constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kWords; ++i) word = max_of_words<T>(word, x.word[i] & kMagnitude);
+    for (int i = 0; i < Chunk<T>::kWords; ++i) word = extreme<T, true>(word, x.word[i] & kMagnitude);
   }
 
   __device__ __forceinline__ float value() const {
@@ -124,17 +123,16 @@ struct HeadRows {
   const char* data;
   std::conditional_t<kDense, int, int64_t> token_bytes;  // 32 bits, so that an address is one multiply-add
   int64_t channel_bytes;
-  int tokens, head_dim;
+  int head_dim;
 
-  __device__ HeadRows(const Tensor4& x, int batch, int head, int tokens_, int head_dim_)
+  __device__ HeadRows(const Tensor4& x, int batch, int head, int head_dim_)
       : data(static_cast<const char*>(x.data) + (batch * x.stride[0] + head * x.stride[1]) * sizeof(T)),
         token_bytes(x.stride[2] * sizeof(T)),
         channel_bytes(x.stride[3] * sizeof(T)),
-        tokens(tokens_),
         head_dim(head_dim_) {}
 
-  // Tokens and channels past the end are zeros; nothing is read there.
-  __device__ __forceinline__ Chunk<T> load(int token, int channel) const {
+  // Channels past the end are zeros, and so is a token that is not there; nothing is read then.
+  __device__ __forceinline__ Chunk<T> load(int token, int channel, bool there) const {
     Chunk<T> chunk = {};
     const char* const row = data + int64_t(token) * token_bytes;
     if constexpr (kDense) {
@@ -142,14 +140,14 @@ struct HeadRows {
 #pragma unroll
       for (int i = 0; i < kChunk / kHeld; ++i) {
         const int first = channel + i * kHeld;
-        const uint4 four = load_or_zero(row + first * int(sizeof(T)), token < tokens && first < head_dim);
+        const uint4 four = load_or_zero(row + first * int(sizeof(T)), there && first < head_dim);
         chunk.word[4 * i] = four.x, chunk.word[4 * i + 1] = four.y;
         chunk.word[4 * i + 2] = four.z, chunk.word[4 * i + 3] = four.w;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if (token >= tokens || channel + i >= head_dim) continue;
+        if (!there || channel + i >= head_dim) continue;
         const char* const at = row + (channel + i) * channel_bytes;
         if constexpr (sizeof(T) == 4) {
           chunk.word[i] = *reinterpret_cast<const uint32_t*>(at);

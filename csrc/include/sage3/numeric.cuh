@@ -26,6 +26,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// 1 / x within 1 ulp, for x from 2^-126 to 2^126; subnormal numbers count as zero. MUFU.RCP
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger one; NaN if either is, so that a bad number is seen and not rounded away. FMNMX.NAN
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // which has no such instruction

@@ -58,13 +58,9 @@ __device__ __forceinline__ void register_budget_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Named barriers, 1 to 15: `threads` must have arrived or waited.
+// Named barriers, 1 to 15: returns when `threads` have come.
 __device__ __forceinline__ void named_wait(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- wgmma ----
