@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import Call, Decision, decide
+from .dispatch import COMPILED, Call, Decision, choose
 from .kernels import exact, ops
 from .kernels.devices import capability_of
 from .precision import Precision
 from .report import Report, note_of, process_report
 
-_LOW_BIT = {"fp4-emulated": ops.fp4_attention, "int8-emulated": ops.int8_attention}
+_EMULATED = {"fp4-emulated": ops.fp4_attention, "int8-emulated": ops.int8_attention}
 
 
 @overload
@@ -78,8 +78,10 @@ def attention(
         is_causal: query i attends keys 0..i (top-left aligned, as in PyTorch); joins ``mask``.
         scale: of the scores; None means D ** -0.5.
         enable_gqa: let q have a multiple of the heads of k and v.
-        precision: "fp4", "int8", "exact" or "auto" (the fastest kernel of this device, never emulated). A
-            call that cannot be served falls back fp4 -> int8 -> exact; the report says why.
+        precision: "fp4", "int8", "exact" or "auto" (the fastest here: a kernel of this device, never emulated,
+            or exact attention for few keys). A call that cannot be served falls back fp4 -> int8 -> exact; the
+            report says why. int8 has compiled kernels for NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on
+            the others), for inference; they are built on first use, which can take minutes. fp4 has none yet.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
@@ -87,8 +89,10 @@ def attention(
 
     Returns:
         out, in q's layout and dtype (under autocast its dtype), fresh memory; with ``return_lse`` also
-        lse, float32 (B, H, Lq), -inf for rows that attend nothing. fp4 gives no gradients, so a call whose
-        inputs require grad runs as int8 or exact; the gradient of lse is always the exact one.
+        lse, float32 (B, H, Lq), -inf for rows that attend nothing. A compiled kernel's out lies in memory as
+        ``torch.empty_like(q)`` does (contiguous, where q's channels are not dense). fp4 and the compiled kernels
+        give no gradients, so a call whose inputs require grad runs as emulated int8 (if ``emulate``) or exact;
+        the gradient of lse is always the exact one.
 
     Raises:
         InputError: an argument that cannot be used as it is, and NaN in the inputs (on CPU and in emulated
@@ -114,7 +118,7 @@ def attention(
         needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         v_head_dim=v.shape[3],
     )
-    decision = decide(call, wished, emulate=emulate)
+    decision = choose(call, wished, emulate=emulate)
     if report is None:
         report = process_report
     out, lse = _run(decision, wished, q, k, v, mask, call.is_causal, scale, return_lse, report)
@@ -146,4 +150,8 @@ def _run(
     note = note_of(report, wished, decision.kernel, decision.reason, decision.fell_back)
     if decision.kernel == "exact":
         return ops.exact_attention(q, k, v, mask, is_causal, scale, return_lse, note)
-    return _LOW_BIT[decision.kernel](q, k, v, mask, is_causal, scale, note)
+    if decision.kernel in COMPILED:
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        name = COMPILED[decision.kernel]
+        return ops.int8_attention_compiled(q, k, v, mask, is_causal, scale, return_lse, name, note)
+    return _EMULATED[decision.kernel](q, k, v, mask, is_causal, scale, note)

@@ -1,5 +1,6 @@
-"""The decision: which kernel serves a call, and why. Pure data in, pure data out; no device is asked.
+"""The decision: which kernel serves a call, and why. ``decide`` is pure: data in, data out; no device is asked.
 
+``choose`` decides and, where the choice is a compiled kernel, asks whether the library is there, which builds it.
 A wish is tried from the lowest precision up: fp4 -> int8 -> exact. The reason is one short sentence that a
 person reads in the report, so it always says what was missing and what there was instead.
 """
@@ -7,14 +8,16 @@ person reads in the report, so it always says what was missing and what there wa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from .kernels import compiled
 from .kernels.devices import DTYPE_NAMES, EXACT, HARDWARE, KERNELS, Capability, Kernel
 from .precision import Precision
 
+COMPILED = {kernel.name: kernel.compiled for kernel in KERNELS if kernel.compiled is not None}
 CHAIN = {"auto": ("fp4", "int8"), "fp4": ("fp4", "int8"), "int8": ("int8",), "exact": ()}
 EMULATED = "emulated in plain PyTorch: the quality is real, the speed is not"
 
@@ -32,6 +35,7 @@ class Call:
     is_causal: bool = False
     needs_grad: bool = False
     v_head_dim: int | None = None  # None: the same as q's
+    build_failure: str | None = None  # why there are no compiled kernels; None: there are, or nobody has asked yet
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def obstacle(kernel: Kernel, call: Call) -> Obstacle | None:
         return Obstacle("v of the same head_dim as q and k", f"they are {v_head_dim} and {head_dim}")
     if 0 in call.q_shape or 0 in call.k_shape:
         return Obstacle("at least one query and one key", "this call is empty")
+    if kernel.compiled is not None and call.build_failure is not None:  # last: only a call that could run asks for it
+        return Obstacle("compiled kernels", call.build_failure)
     return None
 
 
@@ -79,7 +85,8 @@ def decide(
     """The kernel for ``call`` at the wished ``precision``.
 
     ``emulate`` lets a wished precision without a kernel on this device run as plain PyTorch; "auto" never
-    does. ``kernels`` is the table to choose from. Raises InputError for an unknown precision.
+    does, and leaves to exact attention what that does faster. ``kernels`` is the table to choose from. Raises
+    InputError for an unknown precision.
     """
     wished = Precision.parse(precision).value
     chain = CHAIN[wished]
@@ -89,7 +96,12 @@ def decide(
     for step in chain:
         found = _serve(step, call, emulate and wished != "auto", kernels)
         if isinstance(found, Kernel):
+            faster = _exact_is_faster(found, call) if wished == "auto" else None
+            if faster is not None:
+                return Decision(EXACT.name, f"auto: exact is faster {faster}", False)
             how = EMULATED if found.emulated else f"runs on {_device(call, bare=True)}"
+            if found.emulated and call.build_failure is not None:
+                how += f"; there are no compiled kernels: {call.build_failure}"
             if missing and wished != "auto":
                 return Decision(found.name, f"{_sentence(missing)}; {step} instead, {how}", True)
             choice = "the fastest here" if wished == "auto" else "asked for"
@@ -99,6 +111,28 @@ def decide(
     if wished == "auto":  # auto promises nothing, so exact is no fallback, but the reason is worth reading
         return Decision(EXACT.name, f"auto found no low-bit kernel: {reason}", False)
     return Decision(EXACT.name, reason, True)
+
+
+def choose(call: Call, precision: str | Precision, *, emulate: bool = False) -> Decision:
+    """``decide`` for this machine: a decision for a compiled kernel holds only if the library can be had.
+
+    Builds it on first use, and only for a call that nothing else rules out; ``call.build_failure`` is filled in here.
+    """
+    decision = decide(call, precision, emulate=emulate)
+    if decision.kernel in COMPILED and call.capability is not None:
+        failure = compiled.failure(call.capability)
+        if failure is not None:
+            decision = decide(replace(call, build_failure=failure), precision, emulate=emulate)
+    return decision
+
+
+def _exact_is_faster(kernel: Kernel, call: Call) -> str | None:
+    """Where exact attention beats ``kernel`` at this call, or None when it does not."""
+    if call.capability in kernel.auto_not_on:
+        return f"on {_device(call, bare=True)}"
+    if call.k_shape[2] < kernel.auto_from_keys:  # how many it has is left out: one line in a report for all lengths
+        return f"below {kernel.auto_from_keys} keys"
+    return None
 
 
 def _serve(precision: str, call: Call, emulate: bool, kernels: Sequence[Kernel]) -> Kernel | Obstacle:

@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, reference
 from .attention import attention
-from .dispatch import Call, decide
+from .dispatch import Call, choose
 from .kernels import describe
 from .kernels.devices import capability_of
 from .metrics import attention_error
@@ -136,7 +136,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _decision(device: torch.device, precision: Precision) -> dict[str, Any]:
     call = Call(TYPICAL, TYPICAL, torch.bfloat16, device.type, capability_of(device))
-    decision = decide(call, precision)
+    decision = choose(call, precision)
     return {
         "device": str(device),
         "precision": precision.value,

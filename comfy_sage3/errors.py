@@ -13,5 +13,9 @@ class WeightsError(Sage3Error):
     """A weight file that is missing, truncated, altered or not safetensors."""
 
 
+class KernelError(Sage3Error):
+    """A compiled kernel that is needed and not there."""
+
+
 class EngineError(Sage3Error):
     """A generation back end (diffusers, a ComfyUI server) that is absent, unreachable or failed."""

@@ -7,23 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_sage3.dispatch import Call, decide, obstacle
+from comfy_sage3.dispatch import Call, choose, decide, obstacle
 from comfy_sage3.errors import InputError
-from comfy_sage3.kernels import devices
-from comfy_sage3.kernels.devices import EXACT, HARDWARE, KERNELS, Kernel, capability_of
+from comfy_sage3.kernels import build, compiled, devices
+from comfy_sage3.kernels.devices import EXACT, KERNELS, Kernel, capability_of
+from comfy_sage3.kernels.sources import SOURCES, TARGETS
 from comfy_sage3.precision import Precision
 
 SHAPE = (1, 24, 8192, 128)
 CPU = Call(SHAPE, SHAPE, torch.bfloat16, "cpu")
-CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+COMPILED = {k.name: k for k in KERNELS if k.compiled}
+NO_NVCC = "nvcc 13 is not installed"
 
-# The table as it will look with compiled kernels: rows join, nothing else changes.
+# The table as it will look with more compiled kernels: rows join, nothing else changes.
 FUTURE = (
     Kernel("fp4-sm120", "fp4", capabilities=((12, 0), (12, 1)), dtypes=(torch.float16, torch.bfloat16)),
     Kernel("int8-sm80", "int8", capabilities=((8, 0), (8, 6), (8, 9)), trainable=False, max_head_dim=128),
     Kernel("int8-sm90", "int8", capabilities=((9, 0),), trainable=True, max_head_dim=128),
     Kernel("int8-sm120", "int8", capabilities=((12, 0), (12, 1)), trainable=True),
-    *KERNELS,
+    *(k for k in KERNELS if k.compiled is None),
 )
 
 
@@ -51,18 +54,190 @@ def test_each_generation_gets_its_kernel(capability, auto, fp4, int8):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("precision", ["auto", "fp4", "int8", "exact"])
-def test_this_version_has_no_gpu_kernel_and_says_so(capability, precision):
+def test_every_gpu_from_turing_on_has_an_int8_kernel(capability):
+    name = f"sm_{capability[0]}{capability[1]}"
+    kernel = "int8-sm90" if capability == (9, 0) else "int8-mma"
+    decision = decide(gpu(capability), "int8")
+    assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, f"asked for, runs on {name}", False)
+    decision = decide(gpu(capability), "fp4")
+    assert (decision.kernel, decision.fell_back) == (kernel, True)
+    assert decision.reason.startswith("fp4 needs a ")
+    assert decision.reason.endswith(f"; int8 instead, runs on {name}")
+    decision = decide(gpu(capability), "auto")
+    if capability == (10, 3):
+        assert (decision.kernel, decision.reason) == ("exact", "auto: exact is faster on sm_103")
+    else:
+        assert (decision.kernel, decision.reason) == (kernel, f"the fastest here, runs on {name}")
+    assert not decision.fell_back
+
+
+def test_the_compiled_kernels_are_those_that_a_build_makes():
+    assert set(COMPILED["int8-mma"].capabilities) == set(TARGETS)
+    (only,) = (row.archs for row in SOURCES if row.path == "attention/*_sm90.cu")
+    assert {TARGETS[c] for c in COMPILED["int8-sm90"].capabilities} == set(only)
+    assert all(k.capabilities and not k.emulated for k in COMPILED.values())
+    assert KERNELS.index(COMPILED["int8-sm90"]) < KERNELS.index(COMPILED["int8-mma"])
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 2), (6, 1)])
+def test_older_gpus_lack_the_instructions(capability):
+    decision = decide(gpu(capability), "int8")
+    assert decision.kernel == "exact"
+    assert decision.reason == (
+        "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); "
+        f"this GPU is sm_{capability[0]}{capability[1]}"
+    )
+
+
+@pytest.mark.parametrize("capability", [(11, 0), (13, 0)])
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_a_gpu_this_version_does_not_know_is_named(capability, precision):
     decision = decide(gpu(capability), precision)
     assert decision.kernel == "exact"
-    assert decision.fell_back == (precision in ("fp4", "int8"))
-    name = f"sm_{capability[0]}{capability[1]}"
-    if precision != "exact":
-        assert name in decision.reason
-    if precision == "int8":
-        has = HARDWARE["int8"].has(capability)
-        assert has == (capability >= (8, 0))
-        assert ("this version has none" in decision.reason) == has
+    assert f"a kernel for sm_{capability[0]}{capability[1]}; this version has none" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "reason"),
+    [
+        ({}, "int8-sm90", "the fastest here, runs on sm_90"),
+        ({"k_shape": (1, 24, 1024, 128)}, "int8-sm90", "the fastest here, runs on sm_90"),
+        ({"q_shape": (1, 24, 1, 128)}, "int8-sm90", "the fastest here, runs on sm_90"),
+        ({"k_shape": (1, 24, 1023, 128)}, "exact", "auto: exact is faster below 1024 keys"),
+        ({"k_shape": (1, 24, 77, 128)}, "exact", "auto: exact is faster below 1024 keys"),
+        ({"k_shape": (1, 24, 77, 128), "build_failure": NO_NVCC}, "exact",
+         "auto found no low-bit kernel: fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; "
+         f"int8 needs compiled kernels; {NO_NVCC}"),
+    ],
+)  # fmt: skip
+def test_auto_leaves_short_calls_exact_and_a_wish_is_a_wish(changes, kernel, reason):
+    call = gpu((9, 0), **changes)
+    decision = decide(call, "auto")
+    assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, reason, False)
+    if call.build_failure is None:
+        assert decide(call, "int8").kernel == "int8-sm90"
+
+
+def test_auto_never_emulates_what_is_not_built():
+    assert decide(gpu((8, 9), build_failure=NO_NVCC), "auto", emulate=True).kernel == "exact"
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "emulate", "kernel", "reason"),
+    [
+        ((9, 0), "int8", False, "exact", f"int8 needs compiled kernels; {NO_NVCC}"),
+        ((9, 0), "fp4", False, "exact",
+         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; "
+         f"int8 needs compiled kernels; {NO_NVCC}"),
+        ((12, 0), "fp4", False, "exact",
+         "fp4 needs a kernel for sm_120; this version has none; "
+         f"int8 needs compiled kernels; {NO_NVCC}"),
+        ((9, 0), "int8", True, "int8-emulated",
+         "asked for, emulated in plain PyTorch: the quality is real, the speed is not; "
+         f"there are no compiled kernels: {NO_NVCC}"),
+        ((9, 0), "exact", True, "exact", "asked for"),
+    ],
+)  # fmt: skip
+def test_a_library_that_could_not_be_built_is_said_in_the_reason(capability, precision, emulate, kernel, reason):
+    decision = decide(gpu(capability, build_failure=NO_NVCC), precision, emulate=emulate)
+    assert (decision.kernel, decision.reason) == (kernel, reason)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp4", "int8"])
+def test_a_compiled_kernel_gives_no_gradient_so_training_goes_elsewhere(precision):
+    decision = decide(gpu((9, 0), needs_grad=True), precision)
+    assert decision.kernel == "exact"
+    assert "int8 needs inputs that do not require grad (inference only)" in decision.reason
+    decision = decide(gpu((9, 0), needs_grad=True), precision, emulate=True)
+    assert decision.kernel == ("exact" if precision == "auto" else "int8-emulated")
+
+
+# ---- the machine is asked late, and once
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What build.load gives: set ``machine.outcome``; ``machine.asked`` counts."""
+
+    class Machine:
+        outcome = build.Failure(NO_NVCC)
+        asked = 0
+
+        def load(self):
+            self.asked += 1
+            return self.outcome
+
+    made = Machine()
+    monkeypatch.setattr(build, "load", made.load)
+    return made
+
+
+def library(*archs):
+    return build.Loaded(library=None, namespace="", archs=archs, origin="cache", seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "precision", "emulate"),
+    [
+        (CPU, "auto", False),
+        (CPU, "int8", False),
+        (CPU, "fp4", True),
+        (replace(CPU, device_type="mps"), "int8", False),
+        (gpu(None), "int8", False),
+        (gpu((7, 0)), "int8", False),
+        (gpu((11, 0)), "int8", False),
+        (gpu((9, 0)), "exact", False),
+        (gpu((9, 0), needs_grad=True), "int8", True),
+        (gpu((9, 0), dtype=torch.float64), "int8", False),
+        (gpu((9, 0), v_head_dim=64), "int8", False),
+        (gpu((9, 0), k_shape=(1, 24, 77, 128)), "auto", False),
+        (gpu((10, 3)), "auto", False),
+        (gpu((12, 0)), "fp4", True),
+    ],
+)
+def test_a_call_that_no_compiled_kernel_would_serve_builds_nothing(machine, call, precision, emulate):
+    assert choose(call, precision, emulate=emulate) == decide(call, precision, emulate=emulate)
+    assert machine.asked == 0
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp4", "int8"])
+def test_choosing_tells_what_the_build_said(machine, precision):
+    machine.outcome = build.Failure("nvcc 13\nis   not installed")
+    decision = choose(gpu((8, 9)), precision)
+    assert decision.kernel == "exact"
+    assert decision.reason.endswith(f"int8 needs compiled kernels; {NO_NVCC}")
+    assert decision.fell_back == (precision != "auto")
+    assert machine.asked == 1
+
+
+@pytest.mark.parametrize(("capability", "arch"), TARGETS.items())
+def test_choosing_runs_what_was_built(machine, capability, arch):
+    machine.outcome = library("75", arch)
+    assert choose(gpu(capability), "int8") == decide(gpu(capability), "int8")
+
+
+def test_a_library_for_other_gpus_is_a_failure(machine):
+    machine.outcome = library("80", "89")
+    decision = choose(gpu((9, 0)), "int8")
+    assert decision.kernel == "exact"
+    assert decision.reason == (
+        "int8 needs compiled kernels; the built library is for sm_80, sm_89, this GPU needs sm_90a"
+    )
+
+
+def test_the_state_of_the_library_is_a_constant_in_a_compiled_graph(machine):
+    def told(x):
+        why = compiled.failure((9, 0))
+        return x + 1 if why is None else x + len(why)
+
+    for outcome, want in [(library("90a"), 1), (build.Failure(NO_NVCC), len(NO_NVCC))]:
+        torch._dynamo.reset()
+        machine.outcome = outcome
+        graph = torch.compile(told, backend="eager", fullgraph=True, dynamic=True)
+        assert graph(torch.zeros(3)).tolist() == [want] * 3
+        asked = machine.asked
+        assert graph(torch.zeros(3)).tolist() == [want] * 3
+        assert machine.asked == asked
 
 
 @pytest.mark.parametrize(
@@ -74,16 +249,16 @@ def test_this_version_has_no_gpu_kernel_and_says_so(capability, precision):
             False,
             "exact",
             "fp4 needs a Blackwell GPU (sm_120 or sm_121); this is a CPU; "
-            "int8 needs an NVIDIA GPU from Ampere on (sm_80 or newer)",
+            "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer)",
         ),
-        (gpu((8, 9)), "fp4", False, "exact",
-         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_89; "
-         "int8 needs a kernel for sm_89; this version has none"),
-        (gpu((12, 0)), "fp4", False, "exact", "fp4 and int8 need a kernel for sm_120; this version has none"),
+        (gpu((8, 9)), "fp4", False, "int8-mma",
+         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_89; int8 instead, runs on sm_89"),
+        (gpu((12, 0)), "fp4", False, "int8-mma",
+         "fp4 needs a kernel for sm_120; this version has none; int8 instead, runs on sm_120"),
         (gpu(None), "int8", False, "exact",
-         "int8 needs an NVIDIA GPU from Ampere on (sm_80 or newer); this GPU is not an NVIDIA one"),
+         "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); this GPU is not an NVIDIA one"),
         (replace(CPU, device_type="mps"), "int8", False, "exact",
-         "int8 needs an NVIDIA GPU from Ampere on (sm_80 or newer); this is a device of type 'mps'"),
+         "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); this is a device of type 'mps'"),
         (CPU, "fp4", True, "fp4-emulated",
          "asked for, emulated in plain PyTorch: the quality is real, the speed is not"),
         (replace(CPU, needs_grad=True), "fp4", True, "int8-emulated",
@@ -134,7 +309,7 @@ def test_unknown_precision_is_refused_with_the_choices():
         decide(CPU, "fp8")
 
 
-dims = st.sampled_from([0, 1, 16, 128])
+dims = st.sampled_from([0, 1, 16, 128, 2048])
 calls = st.builds(
     lambda b, h, lq, lk, d, **rest: Call((b, h, lq, d), (b, h, lk, d), **rest),
     dims,
@@ -149,6 +324,7 @@ calls = st.builds(
     is_causal=st.booleans(),
     needs_grad=st.booleans(),
     v_head_dim=st.sampled_from([None, 64, 128]),
+    build_failure=st.sampled_from([None, NO_NVCC]),
 )
 
 
@@ -162,8 +338,11 @@ def test_no_decision_breaks_a_constraint_or_keeps_silent(call, precision, emulat
     assert "\n" not in decision.reason
     assert not (chosen.emulated and (not emulate or precision is Precision.AUTO))
     assert decision.fell_back == (precision is not Precision.AUTO and chosen.precision != precision.value)
-    if chosen.precision == "fp4":
+    if chosen.precision == "fp4" or chosen.compiled:
         assert not call.needs_grad
+    if chosen.compiled:
+        assert call.build_failure is None
+        assert precision is not Precision.AUTO or call.k_shape[2] >= 1024
     if precision is Precision.EXACT:
         assert chosen == EXACT
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
-from ..dispatch import Call, decide
+from ..dispatch import Call, choose
 from ..errors import InputError
 from ..kernels.devices import capability_of
 from ..precision import Precision, PrecisionPlan
@@ -109,7 +109,7 @@ def _read(hook: Hook, args: Any, kwargs: Any) -> tuple[HookCall | None, Precisio
 
 def _serve(hook: Hook, call: HookCall, wish: Precision) -> Tensor | None:
     """The result in the call's own layout, or None, counted, where ComfyUI's attention is to serve it."""
-    decision = decide(_describe(call), wish, emulate=hook.emulate)
+    decision = choose(_describe(call), wish, emulate=hook.emulate)
     if decision.kernel == "exact":  # then the user's own back end is as good as ours
         hook.count(wish.value, decision.reason, decision.fell_back)
         return None

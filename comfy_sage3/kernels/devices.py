@@ -21,17 +21,23 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 class Kernel:
     """One implementation of attention and the calls it can serve.
 
-    ``capabilities`` names the GPUs a compiled kernel was built for; empty means plain PyTorch, which runs
-    on any device. ``emulated`` kernels compute what the low-bit kernel would, slowly: quality, not speed.
+    ``capabilities`` names the GPUs a kernel is for; empty means plain PyTorch, which runs on any device.
+    ``compiled`` is a kernel's name in the built library, without which it cannot run; None means that there is
+    nothing to build. ``emulated`` kernels compute what the low-bit kernel would, slowly: quality, not speed.
+    ``auto_from_keys`` and ``auto_not_on`` say where exact attention is faster, so that "auto" leaves the call to it;
+    a precision that was asked for by name always runs.
     """
 
     name: str
     precision: str  # "fp4", "int8" or "exact"
     capabilities: tuple[Capability, ...] = ()
+    compiled: str | None = None
     emulated: bool = False
     trainable: bool = False
     dtypes: tuple[torch.dtype, ...] = LOW_BIT_DTYPES
     max_head_dim: int = 256
+    auto_from_keys: int = 0
+    auto_not_on: tuple[Capability, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,31 @@ class Hardware:
 
 
 # fp4: mma.sync with block scales exists on sm_120 and sm_121 only (sm_100 has other instructions for it).
-# int8: mma.sync m16n8k32 with 8-bit integers and cp.async, from Ampere on.
+# int8: mma.sync with 8-bit integers, as m8n8k16 from Turing on, as m16n8k32 from Ampere on.
 HARDWARE = {
     "fp4": Hardware("a Blackwell GPU (sm_120 or sm_121)", only=((12, 0), (12, 1))),
-    "int8": Hardware("an NVIDIA GPU from Ampere on (sm_80 or newer)", lowest=(8, 0)),
+    "int8": Hardware("an NVIDIA GPU from Turing on (sm_75 or newer)", lowest=(7, 5)),
 }
 
 EXACT = Kernel("exact", "exact", trainable=True, dtypes=ALL_DTYPES, max_head_dim=2**31)
 
+# A short call is over before its quantisation has paid for itself. To be confirmed by benchmark.
+INT8_AUTO_FROM_KEYS = 1024
+
+# Both products, Q K^T and P V, are 8-bit integer products on tensor cores: of the 8-bit types the one that every GPU
+# from Turing on has. Two kernels, because Hopper reaches its full rate through wgmma only, which no other GPU knows;
+# mma.sync serves all of them (Hopper too, should the first row not do), each through the code of its own architecture.
+# Blackwell Ultra (sm_103) has a fifteenth of its 16-bit rate left for 8-bit integers: there it runs when asked for.
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("int8-sm90", "int8", capabilities=((9, 0),), compiled="sm90", auto_from_keys=INT8_AUTO_FROM_KEYS),
+    Kernel(
+        "int8-mma",
+        "int8",
+        capabilities=((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)),
+        compiled="mma",
+        auto_from_keys=INT8_AUTO_FROM_KEYS,
+        auto_not_on=((10, 3),),
+    ),
     Kernel("fp4-emulated", "fp4", emulated=True),
     Kernel("int8-emulated", "int8", emulated=True, trainable=True),
     EXACT,

@@ -1,7 +1,8 @@
 """Attention as torch ops: ``torch.compile`` and autograd see one opaque call with known shapes and strides.
 
-Every op takes HND tensors of any strides and returns fresh contiguous ones. ``note`` names the report in
-which to count the call when it really runs ("" counts nothing). fp4 has no gradient: its backward raises.
+Every op takes HND tensors of any strides and returns fresh ones: contiguous, from a compiled kernel in q's own
+order of memory. ``note`` names the report in which to count the call when it really runs ("" counts nothing).
+fp4 and the compiled kernels have no gradient: their backward raises.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import InputError
 from ..report import record_note
-from . import exact
+from . import compiled, exact
 from .devices import AUTOCAST_DEVICES
 
 
@@ -151,6 +152,30 @@ def int8_attention(
     return out.contiguous(), lse.contiguous()
 
 
+@_op("int8_attention_compiled")
+def int8_attention_compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    kernel: str,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """8-bit attention by ``kernel`` of the built library -> (out, lse, of 0 elements when not asked for).
+
+    The GPU is never waited for, so nothing looks for NaN here. mask is bool, fp16, bf16 or fp32.
+    """
+    run = compiled.operators().int8_attention
+    if q.shape[3] == 1:  # the stride of a single channel means nothing, and torch's fake tensors make another of it
+        q = q.contiguous()
+    out, lse = run(q, k, v, mask, is_causal, scale, return_lse, kernel)
+    record_note(note)
+    return out, lse
+
+
 @_op("int8_attention_backward")
 def int8_attention_backward(
     dout: Tensor,
@@ -183,6 +208,24 @@ def _(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@int8_attention_compiled.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    kernel: str,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q)  # as binding.cpp does: q's order of memory, if that keeps a token's channels together
+    if out.stride(3) != 1 or q.shape[3] == 1:
+        out = q.new_empty(q.shape)
+    return out, q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 @exact_attention.register_fake
