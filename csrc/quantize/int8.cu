@@ -320,20 +320,6 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
     }
   }
 
-  float inverse[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    LargestMagnitude<T> most;
-#pragma unroll
-    for (int i = 0; i < L::kQueryChunks; ++i) most.add(x[r][i]);
-    const Scale s(lanes_max<L::kQueryLanes>(most.value()));
-    inverse[r] = copysignf(1.0f, p.call.scale) * s.inverse;  // a negative scale negates the codes
-    const int64_t row = tile * kTile + row0 + 8 * r;
-    if (lane == 0 && row < padded) {
-      p.part<float>(p.at.q_scale)[bh * padded + row] = s.scale * (fabsf(p.call.scale) * kLog2e);
-    }
-  }
-
   if (p.call.lse != nullptr) {
     const int64_t kv = int64_t(batch) * shape.kv_heads + head / (shape.heads / shape.kv_heads);
     float dot[2] = {};
@@ -352,6 +338,20 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
       const float sum = lanes_sum<L::kQueryLanes>(dot[r]);
       const int64_t row = tile * kTile + row0 + 8 * r;
       if (lane == 0 && row < shape.queries) p.call.lse[bh * shape.queries + row] = p.call.scale * sum;
+    }
+  }
+
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    LargestMagnitude<T> most;
+#pragma unroll
+    for (int i = 0; i < L::kQueryChunks; ++i) most.add(x[r][i]);
+    const Scale s(lanes_max<L::kQueryLanes>(most.value()));
+    inverse[r] = copysignf(1.0f, p.call.scale) * s.inverse;  // a negative scale negates the codes
+    const int64_t row = tile * kTile + row0 + 8 * r;
+    if (lane == 0 && row < padded) {
+      p.part<float>(p.at.q_scale)[bh * padded + row] = s.scale * (fabsf(p.call.scale) * kLog2e);
     }
   }
 
@@ -383,9 +383,13 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
               static_cast<int>(min(int64_t(kTile), padded - first)) * D);
 }
 
-// 16-bit numbers: four blocks (two of 512 threads) on a multiprocessor, 64 registers.
+// 16-bit numbers: four blocks of 256 threads on a multiprocessor, 64 registers; fp32: two, 128. Loads one by one take
+// more registers and have no speed to lose.
 template <class T, int D, bool kDense>
-__global__ void __launch_bounds__(Layout<D>::kThreads, (kDense && sizeof(T) == 2 ? 1024 : 512) / Layout<D>::kThreads)
+constexpr int kBlocks = kDense ? (sizeof(T) == 2 ? 1024 : 512) / Layout<D>::kThreads : 1;
+
+template <class T, int D, bool kDense>
+__global__ void __launch_bounds__(Layout<D>::kThreads, kBlocks<T, D, kDense>)
     int8_quantize_tiles(const __grid_constant__ Params p) {
   __shared__ Shared<D> shared;
   const int8::Shape& shape = p.call.shape;

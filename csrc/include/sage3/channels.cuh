@@ -145,10 +145,10 @@ struct HeadRows {
         chunk.word[4 * i + 2] = four.z, chunk.word[4 * i + 3] = four.w;
       }
     } else {
+      const char* at = row + channel * channel_bytes;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
+      for (int i = 0; i < kChunk; ++i, at += channel_bytes) {
         if (!there || channel + i >= head_dim) continue;
-        const char* const at = row + (channel + i) * channel_bytes;
         if constexpr (sizeof(T) == 4) {
           chunk.word[i] = *reinterpret_cast<const uint32_t*>(at);
         } else {
