@@ -1,4 +1,7 @@
-"""``python -m comfy_sage3 doctor``: what this machine can run, and why, with a self-test. Needs no GPU."""
+"""``python -m comfy_sage3 doctor``: what this machine can run, and why, with a self-test. Needs no GPU.
+
+Where there is one, its kernels are built like on any first use: only then is it known what runs.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ large weights of cross-attention to a text badly."""
 class Precision(str, Enum):
     """How exactly attention is to be computed."""
 
-    AUTO = "auto"  # the fastest kernel this device has, exact attention where there is none
+    AUTO = "auto"  # the fastest here: a kernel of this device, or exact attention
     FP4 = "fp4"  # NVFP4 microscaling (SageAttention3), forward only
-    INT8 = "int8"  # 8-bit, forward and backward
+    INT8 = "int8"  # 8-bit; the compiled kernels forward only, emulated also backward
     EXACT = "exact"  # PyTorch's scaled_dot_product_attention
 
     @classmethod

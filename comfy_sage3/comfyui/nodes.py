@@ -59,8 +59,8 @@ class Sage3Attention(io.ComfyNode):
                     "precision",
                     options=[p.value for p in Precision],
                     default=Precision.AUTO.value,
-                    tooltip="auto: the fastest kernel this device has. fp4: SageAttention3 (Blackwell). "
-                    "int8: 8-bit. exact: leave the model as it is.",
+                    tooltip="auto: the fastest on this device. fp4: SageAttention3 (Blackwell). "
+                    "int8: 8-bit (NVIDIA GPUs from Turing on). exact: leave the model as it is.",
                 ),
                 io.Float.Input(
                     "start_percent",
