@@ -1,5 +1,6 @@
 """The compiled kernels as the door uses them, without a GPU: a library whose operators are the reference."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from comfy_sage3.precision import PrecisionPlan
 
 ROOT = Path(__file__).parents[1]
 NO_NVCC = "nvcc 13 is not installed"
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's CPU code needs g++")
 LONG, SHORT = 1040, 48  # keys: above and below where "auto" leaves a call to exact attention
 
 
@@ -88,22 +90,21 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("d", [1, 32])
-@pytest.mark.parametrize(("mask", "return_lse"), [(None, False), ("bool", True), ("additive", True)])
-def test_opcheck(gpu, view, d, mask, return_lse):
+@pytest.mark.parametrize(("mask", "return_lse"), [(None, False), ("bool", True)])
+def test_opcheck(gpu, view, mask, return_lse):
     gpu()
-    tensors = [VIEWS[view](t) for t in qkv(9, 23, d)]
+    tensors = [VIEWS[view](t) for t in qkv(9, 23)]
     if mask is not None:
-        keep = torch.rand(2, 1, 9, 23, generator=torch.Generator().manual_seed(1)) < 0.7
-        mask = keep if mask == "bool" else torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)
+        mask = torch.rand(2, 1, 9, 23, generator=torch.Generator().manual_seed(1)) < 0.7
     torch.library.opcheck(ops.int8_attention_compiled, (*tensors, mask, mask is None, 0.3, return_lse, "sm90"))
 
 
-@pytest.mark.parametrize(("lq", "heads"), [(1, 4), (9, 1), (1, 1)])
+@pytest.mark.parametrize("d", [1, 32])
+@pytest.mark.parametrize(("lq", "heads"), [(9, 4), (1, 4), (9, 1), (1, 1)])
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_fake_strides_are_right_for_dimensions_of_one_too(gpu, view, lq, heads):
+def test_the_fake_strides_are_right_for_dimensions_of_one_too(gpu, view, lq, heads, d):
     gpu()
-    tensors = [VIEWS[view](t) for t in qkv(lq, 23, heads=heads, kv_heads=1)]
+    tensors = [VIEWS[view](t) for t in qkv(lq, 23, d, heads=heads, kv_heads=1)]
     arguments = (*tensors, None, False, 0.3, True, "mma")
     with torch._subclasses.FakeTensorMode() as mode:
         fake = ops.int8_attention_compiled(*(mode.from_tensor(a) for a in tensors), *arguments[3:])
@@ -241,7 +242,7 @@ def test_a_failed_build_is_in_every_report_and_attention_runs(gpu, reason, preci
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_in_one_graph_equals_eager(gpu, layout, backend, dynamic):
     operators, report = gpu(), Report()
