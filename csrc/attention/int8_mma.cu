@@ -62,7 +62,6 @@ struct Config {
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kSlotBytes = kTileBytes + kLineBytes;  // a tile and its scales
   static constexpr int kSteps = D / 32;                       // of the contraction of Q K^T
-  static constexpr bool kQueriesInRegisters = D < 128;
   static constexpr int kValueScales = int8::value_scales(D);
 };
 
@@ -102,8 +101,9 @@ struct Job {
 template <int D, bool kMask>
 struct KeyTiles {
   static constexpr int kRows = Config<D>::kQueries / kQueryTile;
-  const unsigned char* rows[kRows];  // mask bytes of the block's query tiles
-  int end;
+  const unsigned char* classes;  // of the mask: those of the block's first query tile
+  int64_t row_stride;            // and to those of the next one
+  int rows, end;
 
   __device__ KeyTiles(const Params& p, const Job& job) {
     const int8::Shape& shape = p.call.shape;
@@ -112,12 +112,16 @@ struct KeyTiles {
     end = (keys + kKeyTile - 1) / kKeyTile;
     if constexpr (kMask) {
       const MaskTileIndex index(shape, p.call.mask);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int64_t tile = min(int64_t(job.block) * kRows + i, shape.query_tiles() - 1);
-        rows[i] = p.call.mask_tiles + index(job.batch, job.head, tile);
-      }
+      const int first = job.block * kRows;
+      classes = p.call.mask_tiles + index(job.batch, job.head, first);
+      row_stride = index.row_stride;
+      rows = min(kRows, static_cast<int>(shape.query_tiles()) - first);
     }
+  }
+
+  // The class of tile n for the query tile that holds row `row` of the block.
+  __device__ __forceinline__ MaskTile mask(int n, int row) const {
+    return kMask ? static_cast<MaskTile>(classes[min(row / kQueryTile, rows - 1) * row_stride + n]) : kMaskAll;
   }
 
   // The first tile from n on that is needed; `end` when there is none.
@@ -126,7 +130,7 @@ struct KeyTiles {
       for (; n < end; ++n) {
         unsigned any = 0;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) any |= rows[i][n];
+        for (int i = 0; i < kRows; ++i) any |= mask(n, i * kQueryTile);
         if (any != kMaskNone) break;
       }
     }
@@ -219,37 +223,18 @@ class Ring {
   }
 };
 
-// A warp's operand of Q: one 16-byte word per k-step, in registers or, where O needs them, from L1 for every tile.
+// S = kMagic + Q K^T of one tile. Q comes from L1 for every tile, one 16-byte word per k-step; a load of K brings 16 tokens
+// x 32 channels: two n8 tiles of one k-step.
 template <int D>
-struct Queries {
-  using C = Config<D>;
-  uint4 word[C::kQueriesInRegisters ? C::kSteps : 1];
-  const uint4* from;
-
-  __device__ explicit Queries(const uint4* first) : from(first + threadIdx.x % 32) {
-    if constexpr (C::kQueriesInRegisters) {
-#pragma unroll
-      for (int step = 0; step < C::kSteps; ++step) word[step] = from[32 * step];
-    }
-  }
-
-  __device__ __forceinline__ void operand(uint32_t (&a)[4], int step) const {
-    const uint4 w = C::kQueriesInRegisters ? word[step] : mma::load_again(from + 32 * step);
-    a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
-  }
-};
-
-// S = kMagic + Q K^T of one tile. A load brings 16 tokens x 32 channels: two n8 tiles of one k-step.
-template <int D>
-__device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const Queries<D>& q, uint32_t tile) {
+__device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const unsigned char* q, uint32_t tile) {
   constexpr int kRow = int8::key_block(D), kStepsOfRow = kRow / 32;
   const int lane = threadIdx.x % 32;
   const uint32_t mine = tile + int8::key_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16, D);
   constexpr int kStart[4] = {kMagic, kMagic, kMagic, kMagic};
 #pragma unroll
   for (int step = 0; step < Config<D>::kSteps; ++step) {
-    uint32_t a[4];
-    q.operand(a, step);
+    const uint4 word = mma::load_again(reinterpret_cast<const uint4*>(q) + 32 * step + lane);
+    const uint32_t a[4] = {word.x, word.y, word.z, word.w};
     const uint32_t at = (mine ^ (step % kStepsOfRow * 32)) + step / kStepsOfRow * kKeyTile * kRow;
 #pragma unroll
     for (int pair = 0; pair < kKeyTile / 16; ++pair) {
@@ -344,7 +329,63 @@ __device__ __forceinline__ void remove_magic(int (&s)[kTileScores]) {
   for (int i = 0; i < kTileScores; ++i) s[i] -= kMagic;
 }
 
-// One warp's 16 queries: their softmax and output over all tiles.
+// Adds the mask's elements to the scores of `kPart` of a thread's columns, those from first_column on.
+template <class T, int kPart>
+__device__ __forceinline__ void add_mask_part(int (&y)[kTileScores], const char* (&at)[2], int64_t stride, int columns) {
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) {
+    const bool there = 8 * (i / 4) + (i & 1) < columns;
+    const float bias = there ? mask_bias<T>(at[i / 2 % 2] + (i & 1) * stride) : kNegativeInfinity;
+    float& value = reinterpret_cast<float&>(y[i]);
+    value = bias == kNegativeInfinity ? bias : value + bias;
+    if (i % 4 == 3) at[0] += 8 * stride, at[1] += 8 * stride;
+  }
+}
+
+// visible.cuh's add_mask for few registers: part after part in a loop that turns the scores' registers on, where the
+// compiler would otherwise keep the addresses and elements of all 64 at once.
+__device__ __forceinline__ void add_mask_slowly(int (&y)[kTileScores], const MaskRows& mask, int first_column, int keys) {
+  constexpr int kPart = 8, kColumns = 2 * kPart;
+  const char* at[2] = {mask.row[0] + first_column * mask.column_stride, mask.row[1] + first_column * mask.column_stride};
+#pragma unroll 1
+  for (int column = first_column; column < first_column + kKeyTile; column += kColumns) {
+    switch (mask.dtype) {
+      case Dtype::kBool: add_mask_part<unsigned char, kPart>(y, at, mask.column_stride, keys - column); break;
+      case Dtype::kFloat16: add_mask_part<__half, kPart>(y, at, mask.column_stride, keys - column); break;
+      case Dtype::kBFloat16: add_mask_part<__nv_bfloat16, kPart>(y, at, mask.column_stride, keys - column); break;
+      case Dtype::kFloat32: add_mask_part<float, kPart>(y, at, mask.column_stride, keys - column); break;
+    }
+    int done[kPart];
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) done[i] = y[i];
+#pragma unroll
+    for (int i = 0; i < kTileScores; ++i) y[i] = i < kTileScores - kPart ? y[i + kPart] : done[i + kPart - kTileScores];
+  }
+}
+
+// A warp's result. Where it belongs is worked out anew, so that no register holds it during the main loop.
+template <int D>
+__device__ __forceinline__ void finish(const Params& p, const RowState& state, const float (&o)[D / 2]) {
+  const int8::Shape& shape = p.call.shape;
+  const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
+  const Job job(p, mma::block_index());
+  const int first_row = job.block * Config<D>::kQueries + kWarpRows * (threadIdx.x / 32);
+  float inverse[2], lse[2];
+  finish_rows(state, inverse, lse);
+  const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(job.kv) * D;
+  const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(job.kv) * D;
+  store_output<D>(o, inverse, v_mean, v_norm, p.call, job.batch, job.head, first_row);
+  if (p.call.lse != nullptr && threadIdx.x % 4 == 0) {
+    const int64_t bh = int64_t(job.batch) * shape.heads + job.head;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + threadIdx.x % 32 / 4 + 8 * r;
+      if (row < shape.queries) p.call.lse[bh * shape.queries + row] += lse[r];
+    }
+  }
+}
+
+// One warp's 16 queries over all their tiles.
 template <int D, bool kMask>
 __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     int8_attention_mma(const __grid_constant__ Params p) {
@@ -353,9 +394,9 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
   const int8::Shape& shape = p.call.shape;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // the same in all lanes, and known to be
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, t = lane % 4;
 
-  const Job job(p, blockIdx.x);
+  const Job job(p, mma::block_index());
   const KeyTiles<D, kMask> tiles(p, job);
   Ring<D> ring(memory, p.slots, warp);
 
@@ -375,20 +416,14 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
   for (int i = 0; i < p.slots / 2; ++i) fill();
 
   // Rows past the last tile of Q do not exist: such a warp copies, and computes nothing.
-  const int64_t bh = int64_t(job.batch) * shape.heads + job.head;
-  const int64_t rows = shape.query_tiles() * kQueryTile;
   const int first_row = job.block * C::kQueries + kWarpRows * warp;
-  const int row = first_row + g;  // the thread's first; the other is row + 8
   const bool exists = first_row < shape.queries;
-  const int64_t at = bh * rows + (exists ? first_row : 0);
-  const Queries<D> q(reinterpret_cast<const uint4*>(base + p.at.q8 + at * D));
-  const float* const q_scales = reinterpret_cast<const float*>(base + p.at.q_scale) + at + g;
-  const float q_scale[2] = {q_scales[0], q_scales[8]};
-  const unsigned char* mask_row = nullptr;
-  if constexpr (kMask) {
-    mask_row = p.call.mask_tiles +
-               MaskTileIndex(shape, p.call.mask)(job.batch, job.head, min(first_row, shape.queries - 1) / kQueryTile);
-  }
+  const int at = (job.batch * shape.heads + job.head) * static_cast<int>(shape.query_tiles() * kQueryTile) +
+                 (exists ? first_row : 0);
+  const auto q_rows = [&] { return base + p.at.q8 + int64_t(mma::opaque(at)) * D; };
+  const auto q_scales = [&] {
+    return reinterpret_cast<const float*>(base + p.at.q_scale) + mma::opaque(at) + threadIdx.x % 32 / 4;
+  };
 
   RowState state;
   float o[D / 2];
@@ -400,8 +435,9 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
   };
 
   for (int n = tiles.from(0); n < tiles.end; n = tiles.from(n + 1)) {
-    bool needed = exists && !(p.call.causal && n * kKeyTile >= first_row + kWarpRows);
-    if constexpr (kMask) needed = needed && mask_row[n] != kMaskNone;
+    const MaskTile mask = tiles.mask(n, kWarpRows * warp);
+    const bool needed =
+        exists && mask != kMaskNone && !(p.call.causal && n * kKeyTile >= first_row + kWarpRows);
 
     fill();
     const uint32_t k_tile = ring.use();
@@ -413,27 +449,27 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
       continue;
     }
     int s[kTileScores];
-    multiply_qk<D>(s, q, k_tile);
+    multiply_qk<D>(s, q_rows(), k_tile);
     const float k_scale = mma::load_shared(k_tile + C::kTileBytes + 4 * t);
     ring.release();
 
-    const float c[2] = {q_scale[0] * k_scale, q_scale[1] * k_scale};
+    const float c[2] = {mma::load_again(q_scales()) * k_scale, mma::load_again(q_scales() + 8) * k_scale};
     const int after = (n + 1) * kKeyTile;
-    bool plain = after <= shape.keys && (!p.call.causal || after <= first_row + 1);
-    if constexpr (kMask) plain = plain && mask_row[n] == kMaskAll;
+    const bool plain = mask == kMaskAll && after <= shape.keys && (!p.call.causal || after <= first_row + 1);
     float top[2], weight[2];
     Exponent exponent;
     if (plain) {
       exponent = exponents(s, c, top);
     } else {
+      const int row = first_row + lane / 4;  // the thread's first; the other is row + 8
       const int first_column = n * kKeyTile + 2 * t;
       const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
                           p.call.causal ? min(shape.keys, row + 9) : shape.keys};
       remove_magic(s);
       scores_as_floats(s, c, first_column, end);
       if constexpr (kMask) {
-        if (mask_row[n] != kMaskAll) {
-          add_mask(s, MaskRows(p.call.mask, shape, job.batch, job.head, row), first_column, shape.keys);
+        if (mask != kMaskAll) {
+          add_mask_slowly(s, MaskRows(p.call.mask, shape, job.batch, job.head, row), first_column, shape.keys);
         }
       }
       exponent = exponents_of_floats(s, top);
@@ -448,19 +484,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     multiply_pv<D>(o, p8, ring.use(), weight);
     ring.release();
   }
-  if (!exists) return;
-
-  float inverse[2], lse[2];
-  finish_rows(state, inverse, lse);
-  const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(job.kv) * D;
-  const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(job.kv) * D;
-  store_output<D>(o, inverse, v_mean, v_norm, p.call, job.batch, job.head, first_row);
-  if (p.call.lse != nullptr && t == 0) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r < shape.queries) p.call.lse[bh * shape.queries + row + 8 * r] += lse[r];
-    }
-  }
+  if (exists) finish<D>(p, state, o);
 }
 
 // How many slots of the ring fit, of the current device's shared memory.

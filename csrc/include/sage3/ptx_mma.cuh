@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// blockIdx.x, read where it says so: what follows from it need not stay in registers between two uses. S2R
+__device__ __forceinline__ uint32_t block_index() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
+
 // ---- copies ----
 
 // 16 bytes from global to shared memory, past L1. LDGSTS.E.BYPASS.128; sm_75: LDG.128, STS.128
@@ -30,10 +37,15 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
   }
 }
 
-// The same pointer, computed once: constants added to it become offsets of the instructions that use it.
+// The same value, of which the compiler knows nothing. A pointer: constants added to it become offsets of the
+// instructions that use it. An index: what follows from it is computed where it is needed, and kept in no register.
 __device__ __forceinline__ const unsigned char* opaque(const unsigned char* p) {
-  asm("" : "+l"(p));
+  asm volatile("" : "+l"(p));
   return p;
+}
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // A load that the compiler may not move out of a loop and keep in registers. LDG.128.CONSTANT
