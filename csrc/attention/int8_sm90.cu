@@ -1,21 +1,23 @@
 // 8-bit attention on Hopper: INT8 Q K^T and INT8 P V on wgmma.
 //
 // One block is one producer warpgroup, which brings K and V tiles of 128 tokens by bulk copies (int8_format.cuh: they
-// lie in memory as wgmma wants them, so there are no tensor maps), and two consumer warpgroups of 64 queries.
-// Per tile n a consumer
+// lie in memory as wgmma wants them, so there are no tensor maps), and three consumer warpgroups of 64 queries (two for
+// head dim 256). Per tile a consumer computes
 //
-//   issues Q K(n), P(n-1) V(n-1)  back to back
-//   softmax(n) -> P(n)            row maximum on raw integers, 255 * 2^x packed to u8: the A operand without a shuffle
-//   O += P(n-1) V(n-1)            in the middle of it: the exact integers of one tile, times 2^(tile's maximum -
-//                                 reference) and V's scale
+//   S = Q K^T      exact integers
+//   softmax -> P   row maximum on raw integers, 255 * 2^x packed to u8: the A operand without a shuffle
+//   O += P V       block by block of channels: the exact integers of one tile, times 2^(tile's maximum - reference) and
+//                  V's scale
+//
+// one after the other: what hides the latency of each is the other two warpgroups. Two with twice the registers, and the
+// products of one tile under the softmax of the next, were slower (docs/performance.md).
 //
 // Both products are integer: FP8's accumulator keeps 14 bits and needs the same promotion, and u8 codes with the tile's
 // own maximum are finer than e4m3's three bits of mantissa (docs/performance.md has both, measured).
 // Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, setmaxnreg; its named barriers that make
-// warpgroups take turns cost 5 % here); quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent: every multiprocessor walks over (head, query block) jobs.
+// warpgroups take turns cost 5 % here). Quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent: every multiprocessor walks over (head, query block) jobs.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "sage3/launch.h"
 #include "sage3/mask_tiles.cuh"
@@ -30,18 +32,19 @@ namespace {
 using int8::kKeyTile;
 using int8::kQueryTile;
 
-// What depends on the head dim. 65,536 registers: producer 24, each consumer 240 a thread.
+// What depends on the head dim. 65,536 registers: 32 and three times 160 a thread, or 24 and twice 240.
 template <int D>
 struct Config {
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = D == 256 ? 2 : 3;
+  static constexpr int kProducerRegisters = D == 256 ? 24 : 32;
+  static constexpr int kConsumerRegisters = D == 256 ? 240 : 160;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kQueries = kConsumers * kQueryTile;
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kStages = D == 256 ? 2 : 4;
-  static constexpr int kSteps = D / 32;                  // of the contraction of Q K^T
+  static constexpr int kSteps = D / 32;  // of the contraction of Q K^T
+  static constexpr int kBlock = D == 256 ? 128 : D == 96 ? 96 : 64;  // channels of one P V: its accumulator takes half of it
   static constexpr int kValueScales = int8::value_scales(D);
-  // Products of one tile under the softmax of the next need both accumulators at once: too much for head dim 256.
-  static constexpr bool kOverlap = D != 256;
   static constexpr bool kQueriesInRegisters = D < 128;
 };
 
@@ -252,9 +255,6 @@ __device__ __forceinline__ void promote(float (&o)[kAll], int first_channel, con
   }
 }
 
-template <int kCount>
-using Pending = std::integral_constant<int, kCount>;  // groups of wgmma that may stay in flight
-
 // A consumer warpgroup.
 template <int D, bool kMask>
 __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int consumer) {
@@ -303,44 +303,22 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     float k_scale;  // of the thread's columns of the tile in s
 
     int n = tiles.from(0);
-    auto start_qk = [&] {
-      sm90::barrier_wait(&shared.k_full[k_place.stage], k_place.parity);
-      multiply_qk<D>(s, q, shared.k[k_place.stage]);
-      sm90::wgmma_commit();
-    };
-    auto finish_qk = [&](auto pending) {
-      k_scale = shared.k_scale[k_place.stage][t];
-      sm90::wgmma_wait<decltype(pending)::value>();
-      sm90::pin(s);
-      release(&shared.k_empty[k_place.stage]);
-      k_place.advance();
-    };
     auto rescale = [&](int r, float factor) {
 #pragma unroll
       for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
     };
-    // Scores of tile n -> codes of P and the rows' weights. Half of the exponentials come before `meanwhile`, which waits
-    // for the products of the tile before, and half after it, so that they cover its latency and its instructions.
-    auto soften_with = [&](const float (&top)[2], auto exponent, auto meanwhile) {
-      uint32_t sum[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < kTileScores / 2; ++i) s[i] = __float_as_int(exp2_approx(exponent(i)));
-      sm90::pin(s);  // here, and not after the wait
-      meanwhile();
-      quantize_codes<0, kTileScores / 2>(p8, sum, [&](int i) { return __int_as_float(s[i]); });
-      quantize_codes<kTileScores / 2, kTileScores>(p8, sum, [&](int i) { return exp2_approx(exponent(i)); });
-      update_rows(state, top, sum, weight, rescale);
-    };
-    auto soften = [&](auto meanwhile) {
+    // Scores of tile n -> codes of P and the rows' weights.
+    auto soften = [&] {
       const float c[2] = {q_scale[0] * k_scale, q_scale[1] * k_scale};
       const int after = (n + 1) * kKeyTile;
       bool plain = after <= shape.keys && (!p.call.causal || after <= first_row + 1);
       if constexpr (kMask) plain = plain && mask_row[n] == kMaskAll;
       float top[2];
+      uint32_t sum[2] = {0, 0};
       if (plain) {
         tile_max(s, c, top);
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
-        soften_with(top, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); }, meanwhile);
+        quantize_p(p8, sum, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); });
       } else {
         const int first_column = n * kKeyTile + 2 * t;
         const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
@@ -353,62 +331,47 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
         tile_max_of_floats(s, top);
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
-        soften_with(top, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; }, meanwhile);
+        quantize_p(p8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
       }
+      update_rows(state, top, sum, weight, rescale);
     };
 
-    auto next_v = [&] {
-      sm90::barrier_wait(&shared.v_full[v_place.stage], v_place.parity);
-      return shared.v[v_place.stage];
+    auto wait_k = [&] { sm90::barrier_wait(&shared.k_full[k_place.stage], k_place.parity); };
+    auto wait_v = [&] { sm90::barrier_wait(&shared.v_full[v_place.stage], v_place.parity); };
+    auto release_k = [&] {
+      release(&shared.k_empty[k_place.stage]);
+      k_place.advance();
     };
     auto release_v = [&] {
       release(&shared.v_empty[v_place.stage]);
       v_place.advance();
     };
-
-    if constexpr (C::kOverlap) {
-      int acc[D / 2];
-      auto finish_pv = [&] {
+    // With causality the last tiles of a block may be seen by its later queries only.
+    const int end = p.call.causal ? min(tiles.end, (first_row + kQueryTile + kKeyTile - 1) / kKeyTile) : tiles.end;
+    for (; n < end; n = tiles.from(n + 1)) {
+      wait_k();
+      multiply_qk<D>(s, q, shared.k[k_place.stage]);
+      sm90::wgmma_commit();
+      k_scale = shared.k_scale[k_place.stage][t];
+      sm90::wgmma_wait<0>();
+      sm90::pin(s);
+      release_k();
+      soften();
+      wait_v();
+      int acc[C::kBlock / 2];
+#pragma unroll
+      for (int block = 0; block < D / C::kBlock; ++block) {
+        multiply_pv<C::kBlock>(acc, p8, shared.v[v_place.stage] + block * kKeyTile * C::kBlock);
+        sm90::wgmma_commit();
         sm90::wgmma_wait<0>();
         sm90::pin(acc);
-        promote(o, 0, acc, weight, shared.v_scale[v_place.stage]);
-        release_v();
-      };
-      if (n < tiles.end) {
-        start_qk();
-        finish_qk(Pending<0>{});
-        soften([] {});
-        for (; (n = tiles.from(n + 1)) < tiles.end;) {
-          const unsigned char* const v_tile = next_v();
-          start_qk();
-          multiply_pv<D>(acc, p8, v_tile);
-          sm90::wgmma_commit();
-          finish_qk(Pending<1>{});
-          soften(finish_pv);
-        }
-        const unsigned char* const v_tile = next_v();
-        multiply_pv<D>(acc, p8, v_tile);
-        sm90::wgmma_commit();
-        finish_pv();
+        promote(o, block * C::kBlock, acc, weight, shared.v_scale[v_place.stage]);
       }
-    } else {
-      for (; n < tiles.end; n = tiles.from(n + 1)) {
-        start_qk();
-        finish_qk(Pending<0>{});
-        soften([] {});
-        const unsigned char* const v_tile = next_v();
-        constexpr int kBlock = 128;  // channels of one P V
-        int acc[kBlock / 2];
-#pragma unroll
-        for (int block = 0; block < D / kBlock; ++block) {
-          multiply_pv<kBlock>(acc, p8, v_tile + block * kKeyTile * kBlock);
-          sm90::wgmma_commit();
-          sm90::wgmma_wait<0>();
-          sm90::pin(acc);
-          promote(o, block * kBlock, acc, weight, shared.v_scale[v_place.stage]);
-        }
-        release_v();
-      }
+      release_v();
+    }
+    for (; n < tiles.end; n = tiles.from(n + 1)) {
+      wait_k(), release_k();
+      wait_v(), release_v();
     }
 
     float inverse[2], lse[2];
@@ -439,10 +402,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    sm90::register_budget_down<24>();
+    sm90::register_budget_down<C::kProducerRegisters>();
     if (threadIdx.x == 0) produce<D, kMask>(p, shared);
   } else {
-    sm90::register_budget_up<240>();
+    sm90::register_budget_up<C::kConsumerRegisters>();
     consume<D, kMask>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
   }
 }

@@ -40,15 +40,20 @@ __device__ __forceinline__ float mask_bias(const char* at) {
 
 template <class T>
 __device__ __forceinline__ void add_mask_of(int (&y)[kTileScores], const MaskRows& mask, int first_column, int keys) {
+  const char* at[2];
+  for (int r = 0; r < 2; ++r) at[r] = mask.row[r] + first_column * mask.column_stride;
 #pragma unroll
   for (int j = 0; j < kTileScores / 4; ++j) {
+    // Opaque to the compiler: it would compute all 64 addresses first, in the registers that the scores need.
+    asm volatile("" : "+l"(at[0]), "+l"(at[1]));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = first_column + 8 * j + (i & 1);
-      const float bias = column < keys ? mask_bias<T>(mask.row[i / 2] + column * mask.column_stride) : kNegativeInfinity;
+      const float bias = column < keys ? mask_bias<T>(at[i / 2] + (i & 1) * mask.column_stride) : kNegativeInfinity;
       float& value = reinterpret_cast<float&>(y[4 * j + i]);
       value = bias == kNegativeInfinity ? bias : value + bias;
     }
+    for (int r = 0; r < 2; ++r) at[r] += 8 * mask.column_stride;
   }
 }
 
