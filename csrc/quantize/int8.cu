@@ -1,4 +1,4 @@
-// Quantisation of the 8-bit attention: Q, K and V, of any floating dtype and strides -> the workspace (int8_format.cuh).
+// Quantisation of the 8-bit attention: Q, K and V of any floating dtype and strides -> int8_format.cuh's workspace.
 //
 // Two launches.
 //   statistics  one block per (batch, kv head) and K or V: k_mean, v_mean and v_norm, from a sample of the tokens
@@ -240,12 +240,12 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
 #pragma unroll
   for (int turn = 0; turn < L::kValueTurns; ++turn) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) extremes.add(x[turn][i]);
+    for (int i = turn == 0 ? 1 : 0; i < 4; ++i) extremes.add(x[turn][i]);
   }
   float most = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
-    factor[c] = L::has(channel) ? reciprocal_approx(factor[c]) : 0.0f;  // norms are neither subnormal nor above 2^64
+    factor[c] = L::has(channel) ? reciprocal_approx(factor[c]) : 0.0f;  // norms are never near the ends of fp32
     most = max_nan(most, extremes.distance(c, mean[c]) * factor[c]);
   }
   most = lanes_max<32>(most);
@@ -384,9 +384,14 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
 }
 
 // 16-bit numbers: four blocks of 256 threads on a multiprocessor, 64 registers; fp32: two, 128. Loads one by one take
-// more registers and have no speed to lose.
+// more registers and have no speed to lose. sm_75 cannot find maxima of packed words, and unpacks twice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kNarrowThreads = 512;
+#else
+constexpr int kNarrowThreads = 1024;
+#endif
 template <class T, int D, bool kDense>
-constexpr int kBlocks = kDense ? (sizeof(T) == 2 ? 1024 : 512) / Layout<D>::kThreads : 1;
+constexpr int kBlocks = kDense ? (sizeof(T) == 2 ? kNarrowThreads : 512) / Layout<D>::kThreads : 1;
 
 template <class T, int D, bool kDense>
 __global__ void __launch_bounds__(Layout<D>::kThreads, kBlocks<T, D, kDense>)
@@ -460,7 +465,7 @@ template <class T, int D, bool kDense>
 __global__ void __launch_bounds__(kStatisticsThreads, 1) int8_statistics(const __grid_constant__ Params p) {
   using L = Layout<D>;
   constexpr int kRows = kStatisticsThreads / L::kRowLanes, kTurns = kSamples / kRows;
-  constexpr int kFitting = (kDense ? 32 : 8) / int(sizeof(T));  // chunks that 128 registers have room for
+  constexpr int kFitting = (!kDense ? 8 : D == 256 ? 16 : 32) / int(sizeof(T));  // chunks that registers have room for
   constexpr int kBatch = kTurns < kFitting ? kTurns : kFitting;
   __shared__ StatisticsShared<D> shared;
   const int8::Shape& shape = p.call.shape;
