@@ -77,22 +77,21 @@ struct Params {
 struct Job {
   int batch, head, kv, block;  // kv counts with the batch
 
-  __device__ Job(const Params& p, int64_t index) {
+  __device__ Job(const Params& p, int index) {
     const int8::Shape& shape = p.call.shape;
-    int64_t bh;
+    int bh;
     if (p.call.causal) {  // longest blocks first; heads in groups, so that their K and V stay in L2
-      const int64_t group = index / (int64_t(p.head_group) * p.blocks);
-      const int64_t within = index - group * p.head_group * p.blocks;
-      const int64_t first = group * p.head_group;
-      const int64_t heads = min(int64_t(p.head_group), int64_t(shape.batch) * shape.heads - first);
-      block = p.blocks - 1 - static_cast<int>(within / heads);
+      const int group = index / (p.head_group * p.blocks), within = index % (p.head_group * p.blocks);
+      const int first = group * p.head_group;
+      const int heads = min(p.head_group, shape.batch * shape.heads - first);
+      block = p.blocks - 1 - within / heads;
       bh = first + within % heads;
     } else {
       bh = index / p.blocks;
-      block = static_cast<int>(index - bh * p.blocks);
+      block = index % p.blocks;
     }
-    batch = static_cast<int>(bh / shape.heads);
-    head = static_cast<int>(bh - int64_t(batch) * shape.heads);
+    batch = bh / shape.heads;
+    head = bh % shape.heads;
     kv = batch * shape.kv_heads + head / (shape.heads / shape.kv_heads);
   }
 };
@@ -400,18 +399,17 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
   const KeyTiles<D, kMask> tiles(p, job);
   Ring<D> ring(memory, p.slots, warp);
 
-  // K and V, in turn.
-  const int64_t first_tile = job.kv * shape.key_tiles();
-  int fill_n = tiles.from(0);
-  bool fill_value = false;
+  // K and V, in turn: item 2n is K of tile n, item 2n + 1 its V.
+  const int first_tile = job.kv * static_cast<int>(shape.key_tiles());
+  int item = 2 * tiles.from(0);
   auto fill = [&] {
-    if (fill_n >= tiles.end) return;
-    const int64_t tile = first_tile + fill_n;
-    const int words = fill_value ? C::kValueScales / 4 : 1;
-    ring.fill(base + (fill_value ? p.at.v8 : p.at.k8) + tile * C::kTileBytes,
-              base + (fill_value ? p.at.v_scale : p.at.k_scale) + tile * (16 * words), words);
-    if (fill_value) fill_n = tiles.from(fill_n + 1);
-    fill_value = !fill_value;
+    if (item >= 2 * tiles.end) return;
+    const bool value = item % 2;
+    const int64_t tile = first_tile + item / 2;
+    const int words = value ? C::kValueScales / 4 : 1;
+    ring.fill(base + (value ? p.at.v8 : p.at.k8) + tile * C::kTileBytes,
+              base + (value ? p.at.v_scale : p.at.k_scale) + tile * (16 * words), words);
+    item = value ? 2 * tiles.from(item / 2 + 1) : item + 1;
   };
   for (int i = 0; i < p.slots / 2; ++i) fill();
 
@@ -461,7 +459,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     if (plain) {
       exponent = exponents(s, c, top);
     } else {
-      const int row = first_row + lane / 4;  // the thread's first; the other is row + 8
+      const int row = mma::opaque(first_row) + lane / 4;  // the thread's first; the other is row + 8
       const int first_column = n * kKeyTile + 2 * t;
       const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
                           p.call.causal ? min(shape.keys, row + 9) : shape.keys};
@@ -469,7 +467,8 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
       scores_as_floats(s, c, first_column, end);
       if constexpr (kMask) {
         if (mask != kMaskAll) {
-          add_mask_slowly(s, MaskRows(p.call.mask, shape, job.batch, job.head, row), first_column, shape.keys);
+          const MaskRows rows(p.call.mask, shape, mma::opaque(job.batch), mma::opaque(job.head), row);
+          add_mask_slowly(s, rows, first_column, shape.keys);
         }
       }
       exponent = exponents_of_floats(s, top);

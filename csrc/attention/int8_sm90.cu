@@ -264,7 +264,10 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);  // the same in all lanes, and known to be
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
+  // A stage's scales were read by ordinary loads and will be overwritten by the copy engine: without the fence between
+  // the two proxies it may overtake them (seen: one tile in thousands with its successor's scale).
   auto release = [&](uint64_t* barrier) {
+    sm90::fence_shared();
     if (lane == 0) sm90::barrier_arrive(barrier);
   };
 

@@ -19,8 +19,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 // blockIdx.x, read where it says so: what follows from it need not stay in registers between two uses. S2R
-__device__ __forceinline__ uint32_t block_index() {
-  uint32_t x;
+__device__ __forceinline__ int block_index() {
+  int x;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
   return x;
 }

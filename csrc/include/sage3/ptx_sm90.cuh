@@ -65,7 +65,7 @@ __device__ __forceinline__ void named_wait(int id, int threads) {
 
 // ---- wgmma ----
 
-// Makes this thread's ordinary writes to shared memory visible to wgmma and the copy engine.
+// Orders this thread's ordinary accesses to shared memory with those of wgmma and the copy engine.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Orders register accesses before with wgmma after. WARPGROUP.ARRIVE
