@@ -15,7 +15,8 @@
 // Both products are integer: u8 codes with the tile's own maximum at 255 are finer than e4m3's three bits of mantissa, and
 // FP8's accumulator keeps 14 bits, so that it would have to be promoted every tile or two as well.
 // Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, setmaxnreg; its named barriers that make
-// warpgroups take turns cost 5 % here). Quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent: every multiprocessor walks over (head, query block) jobs.
+// warpgroups take turns cost 5 % here). Quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent:
+// every multiprocessor walks over (head, query block) jobs.
 
 #include <algorithm>
 
