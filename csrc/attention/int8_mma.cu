@@ -161,7 +161,7 @@ class Ring {
   __device__ uint32_t empty(int slot) const { return tile(slots_) + 16 * slot + 8; }
   __device__ int wrap(int at) const { return at < 2 * slots_ ? at : at - 2 * slots_; }
   __device__ Place place(int ahead) const {
-    const int at = wrap(here_ + ahead);
+    const int at = wrap(mma::opaque(here_) + ahead);
     return at < slots_ ? Place{at, 0} : Place{at - slots_, 1};
   }
 
@@ -205,12 +205,12 @@ class Ring {
     }
   }
 
-  // Returns when the tile is in.
+  // Returns when the tile is in. (On Turing the K's barrier comes after the V's copy, too.)
   __device__ __forceinline__ void use(int ahead) const {
     const Place of = place(ahead);
     if constexpr (mma::kAsynchronous) {
       mma::barrier_wait(full(of.slot), of.parity);
-    } else {
+    } else if (ahead == 0) {
       __syncthreads();
     }
   }
@@ -465,12 +465,11 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
   for (; n < job.key_tiles(); n = next, ring.advance()) {
     next = tiles.from(n + 1);
     const MaskTile mask = tiles.mask(n, threadIdx.x / 32 * kWarpRows);
-    fill(ahead);
+    fill(ahead), fill(ahead + 1);
     ring.use(0);
     // Rows past the end do not exist: such a warp copies, and computes nothing.
     if (job.first_row() >= shape.queries || mask == kMaskNone ||
         (p.call.causal && n * kKeyTile >= job.first_row() + kWarpRows)) {
-      fill(ahead + 1);
       ring.use(1);
       ring.release(0), ring.release(1);
       continue;
@@ -504,7 +503,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
       quantize(p8, sum, s, exponent);
       update_rows(state, top, sum, weight, rescale);
 
-      if (first == 0) fill(ahead + 1), ring.use(1);
+      ring.use(1);
       multiply_pv<D>(o, p8, ring.address(1), first, weight, p.v_scale + job.key_tile(n) * int8::value_scales(D));
     }
     ring.release(1);
