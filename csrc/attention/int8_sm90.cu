@@ -172,7 +172,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   }
 }
 
-// A warpgroup's operand of Q: one 16-byte word per k-step in registers, or, for head dim 256, in shared memory.
+// A warpgroup's operand of Q: one 16-byte word per k-step in registers, or, from head dim 128 on, in shared memory.
 template <int D>
 struct Queries {
   using C = Config<D>;

@@ -33,6 +33,8 @@ def obstacle(kernel: str | None) -> str | None:
         return "needs an NVIDIA GPU"
     outcome = build.load()
     if isinstance(outcome, build.Failure):
+        if outcome.log:  # there are compilers, and they refuse the sources: a fault, not a lack
+            pytest.fail(f"the kernels do not compile: {outcome.reason}", pytrace=False)
         return f"the kernels cannot be built: {outcome.reason}"
     if kernel in calls.LOWEST:
         capability = torch.cuda.get_device_capability()
