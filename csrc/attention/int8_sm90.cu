@@ -218,16 +218,16 @@ __device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const Queries
     const int byte = step * 32, at = byte / kRow * kKeyTile * kRow + byte % kRow;
     if constexpr (Config<D>::kQueriesInRegisters) {
       if (step == 0) {
-        sm90::wgmma<false, false>(s, &q.word[step].x, k);
+        sm90::wgmma_s8<false>(s, &q.word[step].x, k);
       } else {
-        sm90::wgmma<false, true>(s, &q.word[step].x, k + at / 16);
+        sm90::wgmma_s8<true>(s, &q.word[step].x, k + at / 16);
       }
     } else {
       const uint64_t a = sm90::operand(q.tile, 128) + (byte / 128 * kQueryTile * 128 + byte % 128) / 16;
       if (step == 0) {
-        sm90::wgmma_shared<false>(s, a, k);
+        sm90::wgmma_s8<false>(s, a, k);
       } else {
-        sm90::wgmma_shared<true>(s, a, k + at / 16);
+        sm90::wgmma_s8<true>(s, a, k + at / 16);
       }
     }
   }
@@ -239,9 +239,9 @@ __device__ __forceinline__ void multiply_pv(int (&acc)[kChannels / 2], const uin
                                             const unsigned char* tile) {
   const uint64_t v = sm90::operand(tile, kKeyTile);
   sm90::wgmma_begin();
-  sm90::wgmma<true, false>(acc, p, v);
+  sm90::wgmma_u8<false>(acc, p, v);
 #pragma unroll
-  for (int step = 1; step < kKeyTile / 32; ++step) sm90::wgmma<true, true>(acc, p + 4 * step, v + 2 * step);
+  for (int step = 1; step < kKeyTile / 32; ++step) sm90::wgmma_u8<true>(acc, p + 4 * step, v + 2 * step);
 }
 
 // O += (P V) * weight * v_scale for the channels from first_channel on.

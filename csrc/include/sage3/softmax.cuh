@@ -66,25 +66,20 @@ __device__ __forceinline__ void tile_max_of_floats(const int (&y)[kTileScores], 
 
 // Codes of P in the order of the A operand: word 4k + {0, 1, 2, 3} of k-step k of 32 tokens is (row g, first 16 tokens),
 // (row g + 8, first 16), (row g, last 16), (row g + 8, last 16); v8's token permutation makes that right.
-// `code(i)` is 255 * P of value i, for the values from kFrom to kTo. Adds the codes of each row to sum.
-template <int kFrom, int kTo, class Code>
-__device__ __forceinline__ void quantize_codes(uint32_t (&p)[kTileWords], uint32_t (&sum)[2], Code code) {
+// `exponent(i)` is log2 of 255 * P of value i. Adds the codes of each row to sum.
+template <class Exponent>
+__device__ __forceinline__ void quantize_p(uint32_t (&p)[kTileWords], uint32_t (&sum)[2], Exponent exponent) {
 #pragma unroll
-  for (int half = kFrom / 8; half < kTo / 8; ++half) {  // 16 tokens: n8 tiles 2 * half and 2 * half + 1
+  for (int half = 0; half < kTileScores / 8; ++half) {  // 16 tokens: n8 tiles 2 * half and 2 * half + 1
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = 8 * half + 2 * r;
-      const uint32_t word = pack_u8(code(i), code(i + 1), code(i + 4), code(i + 5));
+      const uint32_t word = pack_u8(exp2_approx(exponent(i)), exp2_approx(exponent(i + 1)),
+                                    exp2_approx(exponent(i + 4)), exp2_approx(exponent(i + 5)));
       sum[r] = add_bytes(word, sum[r]);
       p[2 * half + r] = word;
     }
   }
-}
-
-// All of a tile, from exponents: `exponent(i)` is log2 of 255 * P of value i.
-template <class Exponent>
-__device__ __forceinline__ void quantize_p(uint32_t (&p)[kTileWords], uint32_t (&sum)[2], Exponent exponent) {
-  quantize_codes<0, kTileScores>(p, sum, [&](int i) { return exp2_approx(exponent(i)); });
 }
 
 // Moves m up where a tile's maximum has left it far behind: `rescale(r, factor)` must multiply row r of O. Returns in
