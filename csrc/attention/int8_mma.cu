@@ -23,6 +23,7 @@
 // 2411.10958), softmax after FlashAttention-2 and -4 (softmax.cuh).
 
 #include <algorithm>
+#include <utility>
 
 #include "sage3/launch.h"
 #include "sage3/mask_tiles.cuh"
@@ -38,8 +39,14 @@ using int8::kKeyTile;
 using int8::kQueryTile;
 
 constexpr int kWarpRows = 16;
-constexpr int kMaxSlots = 6;      // K and V of three tiles
-constexpr int kLineBytes = 128;   // of shared memory: the swizzle's period
+constexpr int kMaxSlots = 6;  // K and V of three tiles
+
+// How many tokens of a tile have their softmax at once. A thread holds half as many scores beside D / 2 sums of O: all 128
+// tokens' would save a promotion per tile, and cost the registers that let 12 or 16 warps run. P's codes belong to a step's
+// own maximum.
+constexpr int kStep = 64;
+constexpr int kScores = kStep / 2;
+constexpr int kWords = kScores / 4;
 
 // Bits of the float 1.5 * 2^23. For |s| <= 2^22, kMagic + s are the bits of the float kMagicFloat + s, exactly.
 constexpr int kMagic = 0x4B400000;
@@ -52,7 +59,7 @@ static_assert(255 * 128 * kKeyTile < (1 << 22), "the largest sum of P V in one t
 // one step of an integer score; but a code near 255 must not pass 255.5.) Larger factors pay an exact subtraction.
 constexpr float kSmallFactor = 0.00125f;
 
-// What depends on the head dim: 12 warps of at most 168 registers, or 16 of 128, or, where O alone takes 128, 8 of 255.
+// What depends on the head dim. 65,536 registers are 16 warps of 128, 12 of 168 or 8 of 255.
 template <int D>
 struct Config {
   static constexpr int kWarps = D == 64 || D == 256 ? 8 : 12;
@@ -60,39 +67,41 @@ struct Config {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kQueries = kWarpRows * kWarps;
   static constexpr int kTileBytes = kKeyTile * D;
-  static constexpr int kSlotBytes = kTileBytes + kLineBytes;  // a tile and its scales
-  static constexpr int kSteps = D / 32;                       // of the contraction of Q K^T
-  static constexpr int kValueScales = int8::value_scales(D);
+  static constexpr int kSteps = D / 32;  // of the contraction of Q K^T
 };
 
 struct Params {
   Int8Attend call;
-  int8::Workspace at;
-  int blocks;      // query blocks of a head
-  int head_group;  // causal: heads whose K and V fit the L2 cache together
-  int slots;       // of the ring
+  const unsigned char *q8, *k8, *v8;  // the workspace's parts
+  const float *q_scale, *k_scale, *v_scale, *v_mean, *v_norm;
+  int query_rows;  // of a head in q8: whole tiles
+  int key_tiles;   // of a head
+  float kv_per_head;
+  int first_batch;
+  int mask_element;  // bytes
+  int slots;         // of the ring
 };
 
-// One block of queries of one head.
+// What a warp works on: 16 rows of a head. Blocks that run at the same time share K and V: the grid's x counts a head's
+// query blocks (causal: the longest first), y heads, z the batch. All of this is cheap, and computed where it is needed:
+// registers are what the main loop is short of.
+template <int D>
 struct Job {
-  int batch, head, kv, block;  // kv counts with the batch
+  const Params& p;
 
-  __device__ Job(const Params& p, int index) {
-    const int8::Shape& shape = p.call.shape;
-    int bh;
-    if (p.call.causal) {  // longest blocks first; heads in groups, so that their K and V stay in L2
-      const int group = index / (p.head_group * p.blocks), within = index % (p.head_group * p.blocks);
-      const int first = group * p.head_group;
-      const int heads = min(p.head_group, shape.batch * shape.heads - first);
-      block = p.blocks - 1 - within / heads;
-      bh = first + within % heads;
-    } else {
-      bh = index / p.blocks;
-      block = index % p.blocks;
-    }
-    batch = bh / shape.heads;
-    head = bh % shape.heads;
-    kv = batch * shape.kv_heads + head / (shape.heads / shape.kv_heads);
+  __device__ int block() const { return p.call.causal ? gridDim.x - 1 - mma::block_index<0>() : mma::block_index<0>(); }
+  __device__ int head() const { return mma::block_index<1>(); }
+  __device__ int batch() const { return p.first_batch + mma::block_index<2>(); }
+  __device__ int kv() const {  // counts with the batch; exact for fewer than 2^16 heads
+    return batch() * p.call.shape.kv_heads + static_cast<int>((head() + 0.5f) * p.kv_per_head);
+  }
+  __device__ int64_t key_tile(int n) const { return kv() * p.key_tiles + n; }  // in k8 and v8
+  __device__ int first_row() const { return block() * Config<D>::kQueries + threadIdx.x / 32 * kWarpRows; }
+  __device__ int64_t first_row_of_all() const {  // in q8
+    return (batch() * p.call.shape.heads + head()) * p.query_rows + first_row();
+  }
+  __device__ int key_tiles() const {  // that the block attends
+    return p.call.causal ? min(p.key_tiles, ((block() + 1) * Config<D>::kQueries + kKeyTile - 1) / kKeyTile) : p.key_tiles;
   }
 };
 
@@ -100,33 +109,28 @@ struct Job {
 template <int D, bool kMask>
 struct KeyTiles {
   static constexpr int kRows = Config<D>::kQueries / kQueryTile;
-  const unsigned char* classes;  // of the mask: those of the block's first query tile
-  int64_t row_stride;            // and to those of the next one
-  int rows, end;
+  const Job<D>& job;
+  int classes = 0;  // of the mask: where those of the block's first query tile begin
 
-  __device__ KeyTiles(const Params& p, const Job& job) {
-    const int8::Shape& shape = p.call.shape;
-    const int last_query = (job.block + 1) * Config<D>::kQueries;
-    const int keys = p.call.causal ? min(shape.keys, last_query) : shape.keys;
-    end = (keys + kKeyTile - 1) / kKeyTile;
+  __device__ explicit KeyTiles(const Job<D>& job) : job(job) {
     if constexpr (kMask) {
-      const MaskTileIndex index(shape, p.call.mask);
-      const int first = job.block * kRows;
-      classes = p.call.mask_tiles + index(job.batch, job.head, first);
-      row_stride = index.row_stride;
-      rows = min(kRows, static_cast<int>(shape.query_tiles()) - first);
+      const MaskTileIndex index(job.p.call.shape, job.p.call.mask);
+      classes = static_cast<int>(index(job.batch(), job.head(), job.block() * kRows));
     }
   }
 
   // The class of tile n for the query tile that holds row `row` of the block.
   __device__ __forceinline__ MaskTile mask(int n, int row) const {
-    return kMask ? static_cast<MaskTile>(classes[min(row / kQueryTile, rows - 1) * row_stride + n]) : kMaskAll;
+    if constexpr (!kMask) return kMaskAll;
+    const int last = job.p.query_rows / kQueryTile - 1 - job.block() * kRows;  // the block may be cut short
+    const int stride = job.p.call.mask.stride[2] == 0 ? 0 : job.p.key_tiles;
+    return static_cast<MaskTile>(job.p.call.mask_tiles[classes + min(row / kQueryTile, last) * stride + n]);
   }
 
-  // The first tile from n on that is needed; `end` when there is none.
+  // The first tile from n on that is needed; the number of tiles when there is none.
   __device__ __forceinline__ int from(int n) const {
     if constexpr (kMask) {
-      for (; n < end; ++n) {
+      for (const int end = job.key_tiles(); n < end; ++n) {
         unsigned any = 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) any |= mask(n, i * kQueryTile);
@@ -137,46 +141,45 @@ struct KeyTiles {
   }
 };
 
-// The ring of tiles in shared memory. All warps call fill, for K and V in turn, and use and release in the same order.
+// The ring of tiles in shared memory: K and V in turn, counted from the K of the tile at hand (`ahead` 0; its V is 1).
 // A tile is a linear copy that one warp starts, each warp when its turn comes. Turing has no mbarriers: there the block's
 // own barrier stands for both, and all threads copy.
 template <int D>
 class Ring {
   using C = Config<D>;
   struct Place {
-    int slot = 0;
-    uint32_t parity = 0;
+    int slot;
+    uint32_t parity;
   };
 
   uint32_t memory_;
-  int slots_, wait_turn_;
-  Place fill_, use_;
+  int slots_;
+  int here_ = 0;  // the slot, and slots_ more in every second round
 
-  __device__ uint32_t full(int slot) const { return memory_ + 16 * slot; }
-  __device__ uint32_t empty(int slot) const { return memory_ + 16 * slot + 8; }
-  __device__ uint32_t tile(int slot) const { return memory_ + kLineBytes + slot * C::kSlotBytes; }
-  __device__ void advance(Place& place) const {
-    if (++place.slot == slots_) place.slot = 0, place.parity ^= 1;
+  __device__ uint32_t tile(int slot) const { return memory_ + slot * C::kTileBytes; }
+  __device__ uint32_t full(int slot) const { return tile(slots_) + 16 * slot; }
+  __device__ uint32_t empty(int slot) const { return tile(slots_) + 16 * slot + 8; }
+  __device__ int wrap(int at) const { return at < 2 * slots_ ? at : at - 2 * slots_; }
+  __device__ Place place(int ahead) const {
+    const int at = wrap(mma::opaque(here_) + ahead);
+    return at < slots_ ? Place{at, 0} : Place{at - slots_, 1};
   }
 
   template <int kCopiers>
-  __device__ __forceinline__ void copy(const unsigned char* from, const unsigned char* scales, int scale_words) const {
+  __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from) const {
     const int me = 16 * (threadIdx.x % kCopiers);
-    const uint32_t to = tile(fill_.slot) + me;
+    to += me;
     from = mma::opaque(from + me);
 #pragma unroll
     for (int at = 0; at < C::kTileBytes; at += 16 * kCopiers) {
       if (C::kTileBytes % (16 * kCopiers) == 0 || at + me < C::kTileBytes) mma::copy_16(to + at, from + at);
     }
-    if (me < 16 * scale_words) mma::copy_16(to + C::kTileBytes, scales + me);
   }
 
  public:
-  static_assert(16 * kMaxSlots <= kLineBytes, "the barriers fill one line");
-  static constexpr int bytes(int slots) { return kLineBytes + slots * C::kSlotBytes; }
+  static constexpr int kBarrierBytes = 16 * kMaxSlots;
 
-  __device__ Ring(unsigned char* memory, int slots, int warp)
-      : memory_(mma::shared_address(memory)), slots_(slots), wait_turn_(warp) {
+  __device__ Ring(unsigned char* memory, int slots) : memory_(mma::shared_address(memory)), slots_(slots) {
     if constexpr (mma::kAsynchronous) {
       if (threadIdx.x < slots) {
         mma::barrier_init(full(threadIdx.x), 32);
@@ -186,57 +189,61 @@ class Ring {
     }
   }
 
-  // Starts the copy of the next tile and of its scales, which are `scale_words` of 16 bytes.
-  __device__ __forceinline__ void fill(const unsigned char* from, const unsigned char* scales, int scale_words) {
+  // Starts a copy from where `source()` says. All warps call it for every tile, in order.
+  template <class Source>
+  __device__ __forceinline__ void fill(int ahead, Source source) {
+    const Place to = place(ahead);
     if constexpr (mma::kAsynchronous) {
-      if (--wait_turn_ < 0) {
-        wait_turn_ = C::kWarps - 1;
-        mma::barrier_wait(empty(fill_.slot), fill_.parity ^ 1);
-        copy<32>(from, scales, scale_words);
-        mma::arrive_after_copies(full(fill_.slot));
+      if (threadIdx.x / 32 == wrap(here_ + ahead) % C::kWarps) {  // this warp's turn
+        mma::barrier_wait(empty(to.slot), to.parity ^ 1);
+        copy<32>(tile(to.slot), source());
+        mma::arrive_after_copies(full(to.slot));
       }
     } else {
       __syncthreads();
-      copy<C::kThreads>(from, scales, scale_words);
+      copy<C::kThreads>(tile(to.slot), source());
     }
-    advance(fill_);
   }
 
-  // The address of the next tile, once it is in.
-  __device__ __forceinline__ uint32_t use() {
+  // Returns when the tile is in. (On Turing the K's barrier comes after the V's copy, too.)
+  __device__ __forceinline__ void use(int ahead) const {
+    const Place of = place(ahead);
     if constexpr (mma::kAsynchronous) {
-      mma::barrier_wait(full(use_.slot), use_.parity);
-    } else {
+      mma::barrier_wait(full(of.slot), of.parity);
+    } else if (ahead == 0) {
       __syncthreads();
     }
-    return tile(use_.slot);
   }
+
+  __device__ __forceinline__ uint32_t address(int ahead) const { return tile(place(ahead).slot); }
 
   // This warp has read the tile.
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ void release(int ahead) const {
     if constexpr (mma::kAsynchronous) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) mma::barrier_arrive(empty(use_.slot));
+      if (threadIdx.x % 32 == 0) mma::barrier_arrive(empty(place(ahead).slot));
     }
-    advance(use_);
   }
+
+  // On to the next K and V.
+  __device__ __forceinline__ void advance() { here_ = wrap(here_ + 2); }
 };
 
-// S = kMagic + Q K^T of one tile. Q comes from L1 for every tile, one 16-byte word per k-step; a load of K brings 16 tokens
-// x 32 channels: two n8 tiles of one k-step.
+// S = kMagic + Q K^T for the kStep tokens from `first` on. Q comes from L1 every time, one 16-byte word per k-step; a load
+// of K brings 16 tokens x 32 channels: two n8 tiles of one k-step.
 template <int D>
-__device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const unsigned char* q, uint32_t tile) {
+__device__ __forceinline__ void multiply_qk(int (&s)[kScores], const unsigned char* q, uint32_t tile, int first) {
   constexpr int kRow = int8::key_block(D), kStepsOfRow = kRow / 32;
-  const int lane = threadIdx.x % 32;
-  const uint32_t mine = tile + int8::key_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16, D);
   constexpr int kStart[4] = {kMagic, kMagic, kMagic, kMagic};
+  const int lane = mma::lane();
+  const uint32_t mine = tile + first * kRow + int8::key_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16, D);
 #pragma unroll
   for (int step = 0; step < Config<D>::kSteps; ++step) {
     const uint4 word = mma::load_again(reinterpret_cast<const uint4*>(q) + 32 * step + lane);
     const uint32_t a[4] = {word.x, word.y, word.z, word.w};
     const uint32_t at = (mine ^ (step % kStepsOfRow * 32)) + step / kStepsOfRow * kKeyTile * kRow;
 #pragma unroll
-    for (int pair = 0; pair < kKeyTile / 16; ++pair) {
+    for (int pair = 0; pair < kScores / 8; ++pair) {
       uint32_t b[4];
       mma::load_matrices(b, at + pair * 16 * kRow);
 #pragma unroll
@@ -252,18 +259,20 @@ __device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const unsigne
   }
 }
 
-// O += (P V) * weight * v_scale of one tile.
+// O += (P V) * weight * v_scale for the step's tokens, which begin with `first`; 32 channels at a time.
 template <int D>
-__device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&p)[kTileWords], uint32_t tile,
-                                            const float (&weight)[2]) {
-  const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
-  const uint32_t mine = tile + int8::swizzle(row * kKeyTile + lane / 8 % 2 * 16, kKeyTile);
+__device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&p)[kWords], uint32_t tile, int first,
+                                            const float (&weight)[2], const float* v_scale) {
   constexpr int kZero[4] = {0, 0, 0, 0};
+  const int lane = mma::lane(), row = lane / 16 * 8 + lane % 8;
+  const uint32_t mine = tile + int8::swizzle(row * kKeyTile + lane / 8 % 2 * 16 + first, kKeyTile);
+  const float scales = mma::load_again(v_scale + lane % (D / 32));  // lane g has group g's
 #pragma unroll
   for (int group = 0; group < D / 32; ++group) {
+    if constexpr (!mma::kAsynchronous) __syncwarp(__activemask());  // sm_75: else V of all groups is loaded at once, and O spilt
     int acc[16];
 #pragma unroll
-    for (int step = 0; step < kKeyTile / 32; ++step) {
+    for (int step = 0; step < kWords / 4; ++step) {
       const uint32_t a[4] = {p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3]};
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
@@ -280,7 +289,7 @@ __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&
         }
       }
     }
-    const float scale = mma::load_shared(tile + Config<D>::kTileBytes + 4 * group);
+    const float scale = __shfl_sync(0xffffffffu, scales, group);
     const float factor[2] = {weight[0] * scale, weight[1] * scale};
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -295,14 +304,14 @@ struct Exponent {
   float factor[2], bias[2];
 };
 
-// The plain case. Finds the tile's maximum of both rows; scores carry kMagic: floats of one binade order like integers.
-__device__ __forceinline__ Exponent exponents(int (&s)[kTileScores], const float (&c)[2], float (&top)[2]) {
+// The plain case. Finds the maximum of both rows; scores carry kMagic: floats of one binade order like integers.
+__device__ __forceinline__ Exponent exponents(int (&s)[kScores], const float (&c)[2], float (&top)[2]) {
   Exponent e;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int most = max(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-    for (int j = 1; j < kTileScores / 4; ++j) most = max3(most, s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+    for (int j = 1; j < kScores / 4; ++j) most = max3(most, s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
     top[r] = quad_max(c[r] * (__int_as_float(most) - kMagicFloat));
     e.factor[r] = c[r];
     e.bias[r] = kLog2TopCode - top[r];
@@ -312,74 +321,112 @@ __device__ __forceinline__ Exponent exponents(int (&s)[kTileScores], const float
     for (int r = 0; r < 2; ++r) e.bias[r] = fmaf(-kMagicFloat, c[r], e.bias[r]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kTileScores; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - kMagicFloat);
+    for (int i = 0; i < kScores; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - kMagicFloat);
   }
   return e;
 }
 
-// Scores that are floats already (see scores_as_floats).
-__device__ __forceinline__ Exponent exponents_of_floats(const int (&y)[kTileScores], float (&top)[2]) {
-  tile_max_of_floats(y, top);
-  return {{1.0f, 1.0f}, {kLog2TopCode - top[0], kLog2TopCode - top[1]}};
-}
-
-__device__ __forceinline__ void remove_magic(int (&s)[kTileScores]) {
+// The general case begins here: scores -> floats in place, -inf from `end[r]` columns after the thread's first on.
+__device__ __forceinline__ void hide(int (&s)[kScores], const float (&c)[2], const int (&end)[2]) {
 #pragma unroll
-  for (int i = 0; i < kTileScores; ++i) s[i] -= kMagic;
+  for (int i = 0; i < kScores; ++i) {
+    const float y = c[i / 2 % 2] * (__int_as_float(s[i]) - kMagicFloat);
+    s[i] = __float_as_int(8 * (i / 4) + i % 2 < end[i / 2 % 2] ? y : kNegativeInfinity);
+  }
 }
 
-// Adds the mask's elements to the scores of `kPart` of a thread's columns, those from first_column on.
+// Adds the elements of a mask to the first kPart scores, which are floats; -inf hides. `at` moves on.
 template <class T, int kPart>
-__device__ __forceinline__ void add_mask_part(int (&y)[kTileScores], const char* (&at)[2], int64_t stride, int columns) {
+__device__ __forceinline__ void add_mask_part(int (&y)[kScores], const char* (&at)[2], int64_t stride, int columns) {
 #pragma unroll
   for (int i = 0; i < kPart; ++i) {
-    const bool there = 8 * (i / 4) + (i & 1) < columns;
-    const float bias = there ? mask_bias<T>(at[i / 2 % 2] + (i & 1) * stride) : kNegativeInfinity;
+    const bool there = 8 * (i / 4) + i % 2 < columns;
+    const float bias = there ? mask_bias<T>(at[i / 2 % 2] + i % 2 * stride) : kNegativeInfinity;
     float& value = reinterpret_cast<float&>(y[i]);
     value = bias == kNegativeInfinity ? bias : value + bias;
     if (i % 4 == 3) at[0] += 8 * stride, at[1] += 8 * stride;
   }
 }
 
-// visible.cuh's add_mask for few registers: part after part in a loop that turns the scores' registers on, where the
-// compiler would otherwise keep the addresses and elements of all 64 at once.
-__device__ __forceinline__ void add_mask_slowly(int (&y)[kTileScores], const MaskRows& mask, int first_column, int keys) {
-  constexpr int kPart = 8, kColumns = 2 * kPart;
-  const char* at[2] = {mask.row[0] + first_column * mask.column_stride, mask.row[1] + first_column * mask.column_stride};
+// Adds the mask's elements to a step's scores: rows `row` and row + 8 (past the end: the last one, whose result is not
+// stored), columns from `column` on. Part after part in a loop that turns the scores' registers on: addresses and elements
+// of all of them at once are more than fit.
+template <int D>
+__device__ __forceinline__ void add_mask(int (&y)[kScores], const Job<D>& job, int row, int column) {
+  constexpr int kPart = 4;
+  const int8::Shape& shape = job.p.call.shape;
+  const Tensor4& mask = job.p.call.mask;
+  const int size = mma::opaque(job.p.mask_element);
+  const int64_t stride = size * mask.stride[3];
+  const char* at[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t query = min(row + 8 * r, shape.queries - 1);
+    const int64_t element = job.batch() * mask.stride[0] + job.head() * mask.stride[1] + query * mask.stride[2];
+    at[r] = static_cast<const char*>(mask.data) + size * element + column * stride;
+  }
+  int columns = shape.keys - column;
 #pragma unroll 1
-  for (int column = first_column; column < first_column + kKeyTile; column += kColumns) {
+  for (int part = 0; part < kScores / kPart; ++part, columns -= 2 * kPart) {
     switch (mask.dtype) {
-      case Dtype::kBool: add_mask_part<unsigned char, kPart>(y, at, mask.column_stride, keys - column); break;
-      case Dtype::kFloat16: add_mask_part<__half, kPart>(y, at, mask.column_stride, keys - column); break;
-      case Dtype::kBFloat16: add_mask_part<__nv_bfloat16, kPart>(y, at, mask.column_stride, keys - column); break;
-      case Dtype::kFloat32: add_mask_part<float, kPart>(y, at, mask.column_stride, keys - column); break;
+      case Dtype::kBool: add_mask_part<unsigned char, kPart>(y, at, stride, columns); break;
+      case Dtype::kFloat16: add_mask_part<__half, kPart>(y, at, stride, columns); break;
+      case Dtype::kBFloat16: add_mask_part<__nv_bfloat16, kPart>(y, at, stride, columns); break;
+      case Dtype::kFloat32: add_mask_part<float, kPart>(y, at, stride, columns); break;
     }
     int done[kPart];
 #pragma unroll
     for (int i = 0; i < kPart; ++i) done[i] = y[i];
 #pragma unroll
-    for (int i = 0; i < kTileScores; ++i) y[i] = i < kTileScores - kPart ? y[i + kPart] : done[i + kPart - kTileScores];
+    for (int i = 0; i < kScores; ++i) y[i] = i < kScores - kPart ? y[i + kPart] : done[i + kPart - kScores];
   }
 }
 
-// A warp's result. Where it belongs is worked out anew, so that no register holds it during the main loop.
+// The general case ends: scores that are floats.
+__device__ __forceinline__ Exponent exponents_of_floats(const int (&y)[kScores], float (&top)[2]) {
+  Exponent e;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float most = kNobody;
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      most = max_nan(most, __int_as_float(y[4 * j + 2 * r]));
+      most = max_nan(most, __int_as_float(y[4 * j + 2 * r + 1]));
+    }
+    top[r] = quad_max(most);
+    e.factor[r] = 1.0f;
+    e.bias[r] = kLog2TopCode - top[r];
+  }
+  return e;
+}
+
+// Codes of P, in the order of softmax.cuh's quantize_codes. Adds each row's to sum.
+__device__ __forceinline__ void quantize(uint32_t (&p)[kWords], uint32_t (&sum)[2], const int (&s)[kScores],
+                                         const Exponent& e) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int r = w % 2, first = 8 * (w / 2) + 2 * r;
+    const auto code = [&](int i) { return exp2_approx(fmaf(__int_as_float(s[first + i]), e.factor[r], e.bias[r])); };
+    p[w] = pack_u8(code(0), code(1), code(4), code(5));
+    sum[r] = add_bytes(p[w], sum[r]);
+  }
+}
+
+// A warp's result.
 template <int D>
-__device__ __forceinline__ void finish(const Params& p, const RowState& state, const float (&o)[D / 2]) {
-  const int8::Shape& shape = p.call.shape;
-  const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
-  const Job job(p, mma::block_index());
-  const int first_row = job.block * Config<D>::kQueries + kWarpRows * (threadIdx.x / 32);
+__device__ __forceinline__ void finish(const Job<D>& job, const RowState& state, const float (&o)[D / 2]) {
+  const Int8Attend& call = job.p.call;
+  const int first_row = job.first_row();
   float inverse[2], lse[2];
   finish_rows(state, inverse, lse);
-  const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(job.kv) * D;
-  const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(job.kv) * D;
-  store_output<D>(o, inverse, v_mean, v_norm, p.call, job.batch, job.head, first_row);
-  if (p.call.lse != nullptr && threadIdx.x % 4 == 0) {
-    const int64_t bh = int64_t(job.batch) * shape.heads + job.head;
+  const int64_t channels = int64_t(job.kv()) * D;
+  store_output<D>(o, inverse, job.p.v_mean + channels, job.p.v_norm + channels, call, job.batch(), job.head(), first_row);
+  if (call.lse != nullptr && threadIdx.x % 4 == 0) {
+    const int64_t bh = int64_t(job.batch()) * call.shape.heads + job.head();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + threadIdx.x % 32 / 4 + 8 * r;
-      if (row < shape.queries) p.call.lse[bh * shape.queries + row] += lse[r];
+      if (row < call.shape.queries) call.lse[bh * call.shape.queries + row] += lse[r];
     }
   }
 }
@@ -389,39 +436,22 @@ template <int D, bool kMask>
 __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     int8_attention_mma(const __grid_constant__ Params p) {
   using C = Config<D>;
-  extern __shared__ __align__(kLineBytes) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];  // the swizzle's period
   const int8::Shape& shape = p.call.shape;
-  const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // the same in all lanes, and known to be
   const int lane = threadIdx.x % 32, t = lane % 4;
+  const Job<D> job{p};
+  const KeyTiles<D, kMask> tiles(job);
+  Ring<D> ring(memory, p.slots);
 
-  const Job job(p, mma::block_index());
-  const KeyTiles<D, kMask> tiles(p, job);
-  Ring<D> ring(memory, p.slots, warp);
-
-  // K and V, in turn: item 2n is K of tile n, item 2n + 1 its V.
-  const int first_tile = job.kv * static_cast<int>(shape.key_tiles());
-  int item = 2 * tiles.from(0);
-  auto fill = [&] {
-    if (item >= 2 * tiles.end) return;
-    const bool value = item % 2;
-    const int64_t tile = first_tile + item / 2;
-    const int words = value ? C::kValueScales / 4 : 1;
-    ring.fill(base + (value ? p.at.v8 : p.at.k8) + tile * C::kTileBytes,
-              base + (value ? p.at.v_scale : p.at.k_scale) + tile * (16 * words), words);
-    item = value ? 2 * tiles.from(item / 2 + 1) : item + 1;
+  const int ahead = (p.slots - 1) / 2;  // copies that run ahead of their use: 0, 1 or 2
+  int n = tiles.from(0), next = n;      // the tile at hand and the one after it
+  auto fill = [&](int of) {             // the K (0) or V (1) of n, or of next (2, 3)
+    const int tile = of < 2 ? n : next;
+    if (tile < job.key_tiles()) {
+      ring.fill(of, [&] { return (of % 2 ? p.v8 : p.k8) + job.key_tile(tile) * C::kTileBytes; });
+    }
   };
-  for (int i = 0; i < p.slots / 2; ++i) fill();
-
-  // Rows past the last tile of Q do not exist: such a warp copies, and computes nothing.
-  const int first_row = job.block * C::kQueries + kWarpRows * warp;
-  const bool exists = first_row < shape.queries;
-  const int at = (job.batch * shape.heads + job.head) * static_cast<int>(shape.query_tiles() * kQueryTile) +
-                 (exists ? first_row : 0);
-  const auto q_rows = [&] { return base + p.at.q8 + int64_t(mma::opaque(at)) * D; };
-  const auto q_scales = [&] {
-    return reinterpret_cast<const float*>(base + p.at.q_scale) + mma::opaque(at) + threadIdx.x % 32 / 4;
-  };
+  for (int i = 0; i < ahead; ++i) fill(i);
 
   RowState state;
   float o[D / 2];
@@ -432,97 +462,99 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
   };
 
-  for (int n = tiles.from(0); n < tiles.end; n = tiles.from(n + 1)) {
-    const MaskTile mask = tiles.mask(n, kWarpRows * warp);
-    const bool needed =
-        exists && mask != kMaskNone && !(p.call.causal && n * kKeyTile >= first_row + kWarpRows);
-
-    fill();
-    const uint32_t k_tile = ring.use();
-    if (!needed) {
-      ring.release();
-      fill();
-      ring.use();
-      ring.release();
+  for (; n < job.key_tiles(); n = next, ring.advance()) {
+    next = tiles.from(n + 1);
+    const MaskTile mask = tiles.mask(n, threadIdx.x / 32 * kWarpRows);
+    fill(ahead), fill(ahead + 1);
+    ring.use(0);
+    // Rows past the end do not exist: such a warp copies, and computes nothing.
+    if (job.first_row() >= shape.queries || mask == kMaskNone ||
+        (p.call.causal && n * kKeyTile >= job.first_row() + kWarpRows)) {
+      ring.use(1);
+      ring.release(0), ring.release(1);
       continue;
     }
-    int s[kTileScores];
-    multiply_qk<D>(s, q_rows(), k_tile);
-    const float k_scale = mma::load_shared(k_tile + C::kTileBytes + 4 * t);
-    ring.release();
+#pragma unroll 1
+    for (int first = 0; first < kKeyTile; first += kStep) {
+      const int64_t row_of_all = job.first_row_of_all();
+      const float* const q_scale = p.q_scale + row_of_all + lane / 4;
+      const float scale = mma::load_again(p.k_scale + job.key_tile(n) * int8::kKeyGroups + t);
+      const float c[2] = {mma::load_again(q_scale) * scale, mma::load_again(q_scale + 8) * scale};
+      int s[kScores];
+      multiply_qk<D>(s, p.q8 + row_of_all * D, ring.address(0), first);
+      if (first + kStep == kKeyTile) ring.release(0);
 
-    const float c[2] = {mma::load_again(q_scales()) * k_scale, mma::load_again(q_scales() + 8) * k_scale};
-    const int after = (n + 1) * kKeyTile;
-    const bool plain = mask == kMaskAll && after <= shape.keys && (!p.call.causal || after <= first_row + 1);
-    float top[2], weight[2];
-    Exponent exponent;
-    if (plain) {
-      exponent = exponents(s, c, top);
-    } else {
-      const int row = mma::opaque(first_row) + lane / 4;  // the thread's first; the other is row + 8
-      const int first_column = n * kKeyTile + 2 * t;
-      const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
-                          p.call.causal ? min(shape.keys, row + 9) : shape.keys};
-      remove_magic(s);
-      scores_as_floats(s, c, first_column, end);
-      if constexpr (kMask) {
-        if (mask != kMaskAll) {
-          const MaskRows rows(p.call.mask, shape, mma::opaque(job.batch), mma::opaque(job.head), row);
-          add_mask_slowly(s, rows, first_column, shape.keys);
+      const int begin = n * kKeyTile + first, after = begin + kStep;
+      float top[2], weight[2];
+      Exponent exponent;
+      if (mask == kMaskAll && after <= shape.keys && (!p.call.causal || after <= job.first_row() + 1)) {
+        exponent = exponents(s, c, top);
+      } else {
+        const int row = job.first_row() + lane / 4, column = begin + 2 * t;  // the thread's first; and row + 8
+        const int end[2] = {(p.call.causal ? min(shape.keys, row + 1) : shape.keys) - column,
+                            (p.call.causal ? min(shape.keys, row + 9) : shape.keys) - column};
+        hide(s, c, end);
+        if constexpr (kMask) {
+          if (mask != kMaskAll) add_mask(s, job, row, column);
         }
+        exponent = exponents_of_floats(s, top);
       }
-      exponent = exponents_of_floats(s, top);
-    }
-    uint32_t p8[kTileWords], sum[2] = {0, 0};
-    quantize_p(p8, sum, [&](int i) {
-      return fmaf(__int_as_float(s[i]), exponent.factor[i / 2 % 2], exponent.bias[i / 2 % 2]);
-    });
-    update_rows(state, top, sum, weight, rescale);
+      uint32_t p8[kWords], sum[2] = {0, 0};
+      quantize(p8, sum, s, exponent);
+      update_rows(state, top, sum, weight, rescale);
 
-    fill();
-    multiply_pv<D>(o, p8, ring.use(), weight);
-    ring.release();
+      ring.use(1);
+      multiply_pv<D>(o, p8, ring.address(1), first, weight, p.v_scale + job.key_tile(n) * int8::value_scales(D));
+    }
+    ring.release(1);
   }
-  if (exists) finish<D>(p, state, o);
+  if (job.first_row() < shape.queries) finish(job, state, o);
 }
 
-// How many slots of the ring fit, of the current device's shared memory.
+// Shared memory of the current device: how many slots of the ring fit, and their bytes.
 template <int D>
-cudaError_t ring_slots(int& slots) {
-  int device, per_block, per_sm, reserved;
+cudaError_t ring_size(int& slots, int& bytes) {
+  int device, major, per_block, per_sm, reserved;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  for (const auto& [value, attribute] : {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
+                                         std::pair{&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                                         std::pair{&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+                                         std::pair{&reserved, cudaDevAttrReservedSharedMemoryPerBlock}}) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   }
   if (error != cudaSuccess) return error;
-  const int available = std::min(per_block, per_sm / Config<D>::kBlocksPerSm - reserved);
-  slots = std::min(kMaxSlots, (available - Ring<D>::bytes(0)) / Config<D>::kSlotBytes);
-  return slots > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+  const int barriers = major >= 8 ? Ring<D>::kBarrierBytes : 0;
+  const int limit = std::min(per_block, per_sm / Config<D>::kBlocksPerSm - reserved);
+  slots = std::min(kMaxSlots, (limit - barriers) / Config<D>::kTileBytes);
+  bytes = slots * Config<D>::kTileBytes + barriers;
+  return slots >= 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 template <int D, bool kMask>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   using C = Config<D>;
-  constexpr int64_t kCacheBytes = 16 << 20;  // of the L2: what K and V of a group of heads may take
+  constexpr int kMostBatches = 65535;  // of a grid's third dimension
   const int8::Shape& shape = call.shape;
-  const int64_t heads = int64_t(shape.batch) * shape.heads;
-  const int per_kv = shape.heads / shape.kv_heads;
-  const int blocks = static_cast<int>(int8::ceil_div(shape.queries, C::kQueries));
-  const int64_t fitting = std::max<int64_t>(1, kCacheBytes / (2 * shape.key_tiles() * C::kTileBytes)) * per_kv;
-  Params params{call, int8::Workspace(shape), blocks, static_cast<int>(std::min(fitting, heads)), 0};
-  cudaError_t error = ring_slots<D>(params.slots);
+  const int8::Workspace at(shape);
+  const auto* const base = static_cast<const unsigned char*>(call.workspace);
+  const auto floats = [base](int64_t offset) { return reinterpret_cast<const float*>(base + offset); };
+  Params params{call, base + at.q8, base + at.k8, base + at.v8, floats(at.q_scale), floats(at.k_scale),
+                floats(at.v_scale), floats(at.v_mean), floats(at.v_norm)};
+  params.query_rows = static_cast<int>(shape.query_tiles()) * kQueryTile;
+  params.key_tiles = static_cast<int>(shape.key_tiles());
+  params.kv_per_head = static_cast<float>(shape.kv_heads) / shape.heads;
+  params.mask_element = call.mask.dtype == Dtype::kBool ? 1 : call.mask.dtype == Dtype::kFloat32 ? 4 : 2;
+  int bytes;
+  cudaError_t error = ring_size<D>(params.slots, bytes);
   if (error != cudaSuccess) return error;
   const auto kernel = int8_attention_mma<D, kMask>;
-  const int bytes = Ring<D>::bytes(params.slots);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(heads * blocks), C::kThreads, bytes, stream>>>(params);
+  for (int& first = params.first_batch; first < shape.batch; first += kMostBatches) {
+    const dim3 grid(static_cast<unsigned>(int8::ceil_div(shape.queries, C::kQueries)), shape.heads,
+                    std::min(kMostBatches, shape.batch - first));
+    kernel<<<grid, C::kThreads, bytes, stream>>>(params);
+  }
   return cudaGetLastError();
 }
 

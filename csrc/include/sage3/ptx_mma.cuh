@@ -18,10 +18,22 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// blockIdx.x, read where it says so: what follows from it need not stay in registers between two uses. S2R
+// Special registers, read where it says so: what follows from them need not stay in registers between two uses.
+
+// threadIdx.x % 32. S2R
+__device__ __forceinline__ int lane() {
+  int x;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return x;
+}
+
+// blockIdx.x, y or z. S2R, S2UR
+template <int kDim>
 __device__ __forceinline__ int block_index() {
   int x;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  if constexpr (kDim == 0) asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  if constexpr (kDim == 1) asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(x));
+  if constexpr (kDim == 2) asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(x));
   return x;
 }
 
