@@ -94,7 +94,8 @@ void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, cons
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   cudaError_t error = cudaErrorNotSupported;
 #ifdef SAGE3_HAS_INT8_SM90
-  if (kernel == "sm90") error = sage3::int8_attend_sm90(call, stream);
+  call.fast = kernel == "sm90-fast";
+  if (kernel == "sm90" || call.fast) error = sage3::int8_attend_sm90(call, stream);
 #endif
 #ifdef SAGE3_HAS_INT8_MMA
   if (kernel == "mma") error = sage3::int8_attend_mma(call, stream);

@@ -78,7 +78,6 @@ struct Params {
   int key_tiles;   // of a head
   float kv_per_head;
   int first_batch;
-  int mask_element;  // bytes
   int slots;         // of the ring
 };
 
@@ -161,7 +160,7 @@ class Ring {
   __device__ uint32_t empty(int slot) const { return tile(slots_) + 16 * slot + 8; }
   __device__ int wrap(int at) const { return at < 2 * slots_ ? at : at - 2 * slots_; }
   __device__ Place place(int ahead) const {
-    const int at = wrap(mma::opaque(here_) + ahead);
+    const int at = wrap(opaque(here_) + ahead);
     return at < slots_ ? Place{at, 0} : Place{at - slots_, 1};
   }
 
@@ -169,7 +168,7 @@ class Ring {
   __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from) const {
     const int me = 16 * (threadIdx.x % kCopiers);
     to += me;
-    from = mma::opaque(from + me);
+    from = opaque(from + me);
 #pragma unroll
     for (int at = 0; at < C::kTileBytes; at += 16 * kCopiers) {
       if (C::kTileBytes % (16 * kCopiers) == 0 || at + me < C::kTileBytes) mma::copy_16(to + at, from + at);
@@ -335,53 +334,6 @@ __device__ __forceinline__ void hide(int (&s)[kScores], const float (&c)[2], con
   }
 }
 
-// Adds the elements of a mask to the first kPart scores, which are floats; -inf hides. `at` moves on.
-template <class T, int kPart>
-__device__ __forceinline__ void add_mask_part(int (&y)[kScores], const char* (&at)[2], int64_t stride, int columns) {
-#pragma unroll
-  for (int i = 0; i < kPart; ++i) {
-    const bool there = 8 * (i / 4) + i % 2 < columns;
-    const float bias = there ? mask_bias<T>(at[i / 2 % 2] + i % 2 * stride) : kNegativeInfinity;
-    float& value = reinterpret_cast<float&>(y[i]);
-    value = bias == kNegativeInfinity ? bias : value + bias;
-    if (i % 4 == 3) at[0] += 8 * stride, at[1] += 8 * stride;
-  }
-}
-
-// Adds the mask's elements to a step's scores: rows `row` and row + 8 (past the end: the last one, whose result is not
-// stored), columns from `column` on. Part after part in a loop that turns the scores' registers on: addresses and elements
-// of all of them at once are more than fit.
-template <int D>
-__device__ __forceinline__ void add_mask(int (&y)[kScores], const Job<D>& job, int row, int column) {
-  constexpr int kPart = 4;
-  const int8::Shape& shape = job.p.call.shape;
-  const Tensor4& mask = job.p.call.mask;
-  const int size = mma::opaque(job.p.mask_element);
-  const int64_t stride = size * mask.stride[3];
-  const char* at[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int64_t query = min(row + 8 * r, shape.queries - 1);
-    const int64_t element = job.batch() * mask.stride[0] + job.head() * mask.stride[1] + query * mask.stride[2];
-    at[r] = static_cast<const char*>(mask.data) + size * element + column * stride;
-  }
-  int columns = shape.keys - column;
-#pragma unroll 1
-  for (int part = 0; part < kScores / kPart; ++part, columns -= 2 * kPart) {
-    switch (mask.dtype) {
-      case Dtype::kBool: add_mask_part<unsigned char, kPart>(y, at, stride, columns); break;
-      case Dtype::kFloat16: add_mask_part<__half, kPart>(y, at, stride, columns); break;
-      case Dtype::kBFloat16: add_mask_part<__nv_bfloat16, kPart>(y, at, stride, columns); break;
-      case Dtype::kFloat32: add_mask_part<float, kPart>(y, at, stride, columns); break;
-    }
-    int done[kPart];
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) done[i] = y[i];
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) y[i] = i < kScores - kPart ? y[i + kPart] : done[i + kPart - kScores];
-  }
-}
-
 // The general case ends: scores that are floats.
 __device__ __forceinline__ Exponent exponents_of_floats(const int (&y)[kScores], float (&top)[2]) {
   Exponent e;
@@ -495,7 +447,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
                             (p.call.causal ? min(shape.keys, row + 9) : shape.keys) - column};
         hide(s, c, end);
         if constexpr (kMask) {
-          if (mask != kMaskAll) add_mask(s, job, row, column);
+          if (mask != kMaskAll) add_mask(s, p.call, job.batch(), job.head(), row, column);
         }
         exponent = exponents_of_floats(s, top);
       }
@@ -543,7 +495,6 @@ cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   params.query_rows = static_cast<int>(shape.query_tiles()) * kQueryTile;
   params.key_tiles = static_cast<int>(shape.key_tiles());
   params.kv_per_head = static_cast<float>(shape.kv_heads) / shape.heads;
-  params.mask_element = call.mask.dtype == Dtype::kBool ? 1 : call.mask.dtype == Dtype::kFloat32 ? 4 : 2;
   int bytes;
   cudaError_t error = ring_size<D>(params.slots, bytes);
   if (error != cudaSuccess) return error;

@@ -19,6 +19,7 @@
 // every multiprocessor walks over (head, query block) jobs.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "sage3/launch.h"
 #include "sage3/mask_tiles.cuh"
@@ -43,21 +44,26 @@ struct Config {
   static constexpr int kQueries = kConsumers * kQueryTile;
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kStages = D == 256 ? 2 : 4;
-  static constexpr int kSteps = D / 32;  // of the contraction of Q K^T
-  static constexpr int kBlock = D == 256 ? 128 : D == 96 ? 96 : 64;  // channels of one P V: its accumulator takes half of it
   static constexpr int kValueScales = int8::value_scales(D);
-  static constexpr bool kQueriesInRegisters = D < 128;
 };
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
 
 template <int D>
 struct Shared {
   alignas(1024) unsigned char k[Config<D>::kStages][Config<D>::kTileBytes];
   alignas(1024) unsigned char v[Config<D>::kStages][Config<D>::kTileBytes];
-  alignas(1024) unsigned char q[Config<D>::kConsumers][Config<D>::kQueriesInRegisters ? 1 : kQueryTile * D];
-  alignas(16) float k_scale[Config<D>::kStages][int8::kKeyGroups];
-  alignas(16) float v_scale[Config<D>::kStages][Config<D>::kValueScales];
+  alignas(16) unsigned char q[Config<D>::kConsumers][kQueryTile * D];
+  alignas(16) float q_scale[Config<D>::kConsumers][kQueryTile];
+  // Twice as many as stages: a slot is filled again only after its readers have used, not only read, what it held. With
+  // one slot a stage the copy engine could overtake an ordinary load still under way (seen: one tile in thousands with
+  // its successor's scale), or a fence between the proxies had to prevent it, twice a tile.
+  alignas(16) float k_scale[2 * Config<D>::kStages][int8::kKeyGroups];
+  alignas(16) float v_scale[2 * Config<D>::kStages][Config<D>::kValueScales];
   uint64_t k_full[Config<D>::kStages], k_empty[Config<D>::kStages];
   uint64_t v_full[Config<D>::kStages], v_empty[Config<D>::kStages];
+  uint64_t q_full[Config<D>::kConsumers], q_empty[Config<D>::kConsumers];
 };
 
 // A place in a ring of stages, and the parity of its current round.
@@ -66,6 +72,7 @@ struct Place {
   int stage = 0;
   uint32_t parity = 0;
 
+  __device__ __forceinline__ int slot() const { return stage + (parity != 0 ? kStages : 0); }  // of a ring twice as long
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
@@ -74,68 +81,71 @@ struct Place {
 struct Params {
   Int8Attend call;
   int8::Workspace at;
-  int64_t jobs;
-  int blocks;       // query blocks of a head
-  int head_group;   // causal: heads whose K and V fit the L2 cache together
+  int jobs;
+  int blocks;      // query blocks of a head
+  int head_group;  // causal: heads whose K and V fit the L2 cache together
 };
 
 // One block of queries of one head.
 struct Job {
   int batch, head, kv, block;  // kv counts with the batch
 
-  __device__ Job(const Params& p, int64_t index) {
+  __device__ Job(const Params& p, int index) {
     const int8::Shape& shape = p.call.shape;
-    int64_t bh;
+    int bh;
     if (p.call.causal) {  // longest blocks first; heads in groups, so that their K and V stay in L2
-      const int64_t group = index / (int64_t(p.head_group) * p.blocks);
-      const int64_t within = index - group * p.head_group * p.blocks;
-      const int64_t first = group * p.head_group;
-      const int64_t heads = min(int64_t(p.head_group), int64_t(shape.batch) * shape.heads - first);
-      block = p.blocks - 1 - static_cast<int>(within / heads);
+      const int first = index / (p.head_group * p.blocks) * p.head_group;
+      const int within = index - first * p.blocks, heads = min(p.head_group, shape.batch * shape.heads - first);
+      block = p.blocks - 1 - within / heads;
       bh = first + within % heads;
     } else {
       bh = index / p.blocks;
-      block = static_cast<int>(index - bh * p.blocks);
+      block = index - bh * p.blocks;
     }
-    batch = static_cast<int>(bh / shape.heads);
-    head = static_cast<int>(bh - int64_t(batch) * shape.heads);
+    batch = bh / shape.heads;
+    head = bh - batch * shape.heads;
     kv = batch * shape.kv_heads + head / (shape.heads / shape.kv_heads);
   }
 };
 
 // The job a block takes in its n-th round: to and fro, so that with causal's falling lengths no block is always first.
-__device__ __forceinline__ int64_t job_of_round(int64_t round) {
+__device__ __forceinline__ int job_of_round(int round) {
   return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 // The key tiles of a job, in order; with a mask, those that somebody in the block attends.
 template <int D, bool kMask>
 struct KeyTiles {
-  const unsigned char* rows[Config<D>::kConsumers];  // mask bytes of the block's query tiles
   int end;
+  const unsigned char* classes = nullptr;  // MaskTile of the block's first query tile
+  int stride = 0, last = 0;                // to the next query tile's, and how many of those there are
 
   __device__ KeyTiles(const Params& p, const Job& job) {
+    constexpr int kTiles = Config<D>::kConsumers;
     const int8::Shape& shape = p.call.shape;
-    const int last_query = (job.block + 1) * Config<D>::kQueries;
-    const int keys = p.call.causal ? min(shape.keys, last_query) : shape.keys;
+    const int keys = p.call.causal ? min(shape.keys, (job.block + 1) * Config<D>::kQueries) : shape.keys;
     end = (keys + kKeyTile - 1) / kKeyTile;
     if constexpr (kMask) {
       const MaskTileIndex index(shape, p.call.mask);
-#pragma unroll
-      for (int i = 0; i < Config<D>::kConsumers; ++i) {
-        const int64_t tile = min(int64_t(job.block) * Config<D>::kConsumers + i, shape.query_tiles() - 1);
-        rows[i] = p.call.mask_tiles + index(job.batch, job.head, tile);
-      }
+      classes = p.call.mask_tiles + index(job.batch, job.head, job.block * kTiles);
+      stride = static_cast<int>(index.row_stride);
+      last = static_cast<int>(shape.query_tiles()) - 1 - job.block * kTiles;  // the last block may hold fewer
     }
   }
 
-  // The first tile from n on that is needed; `end` when there is none.
+  // The class of tile n for the i-th query tile of the block.
+  __device__ __forceinline__ MaskTile mask(int n, int i) const {
+    if constexpr (!kMask) return kMaskAll;
+    return static_cast<MaskTile>(classes[min(i, last) * stride + n]);
+  }
+
+  // The first tile from n on that is needed; `end` or more when there is none.
   __device__ __forceinline__ int from(int n) const {
     if constexpr (kMask) {
       for (; n < end; ++n) {
         unsigned any = 0;
 #pragma unroll
-        for (int i = 0; i < Config<D>::kConsumers; ++i) any |= rows[i][n];
+        for (int i = 0; i < Config<D>::kConsumers; ++i) any |= mask(n, i);
         if (any != kMaskNone) break;
       }
     }
@@ -150,7 +160,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   const int64_t head_bytes = p.call.shape.key_tiles() * C::kTileBytes;
   Place<C::kStages> place;
-  for (int64_t round = 0; job_of_round(round) < p.jobs; ++round) {
+  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
     const Job job(p, job_of_round(round));
     const KeyTiles<D, kMask> tiles(p, job);
     const unsigned char* const k = base + p.at.k8 + job.kv * head_bytes;
@@ -161,81 +171,70 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
     for (int n = tiles.from(0); n < tiles.end; n = tiles.from(n + 1), place.advance()) {
       const int i = place.stage;
       sm90::barrier_wait(&shared.k_empty[i], place.parity ^ 1);
-      sm90::barrier_expect(&shared.k_full[i], C::kTileBytes + sizeof(shared.k_scale[i]));
-      sm90::bulk_copy(shared.k_scale[i], k_scale + n * int8::kKeyGroups, sizeof(shared.k_scale[i]), &shared.k_full[i]);
+      sm90::barrier_expect(&shared.k_full[i], C::kTileBytes + sizeof(shared.k_scale[0]));
+      sm90::bulk_copy(shared.k_scale[place.slot()], k_scale + n * int8::kKeyGroups, sizeof(shared.k_scale[0]), &shared.k_full[i]);
       sm90::bulk_copy(shared.k[i], k + int64_t(n) * C::kTileBytes, C::kTileBytes, &shared.k_full[i]);
       sm90::barrier_wait(&shared.v_empty[i], place.parity ^ 1);
-      sm90::barrier_expect(&shared.v_full[i], C::kTileBytes + sizeof(shared.v_scale[i]));
-      sm90::bulk_copy(shared.v_scale[i], v_scale + n * C::kValueScales, sizeof(shared.v_scale[i]), &shared.v_full[i]);
+      sm90::barrier_expect(&shared.v_full[i], C::kTileBytes + sizeof(shared.v_scale[0]));
+      sm90::bulk_copy(shared.v_scale[place.slot()], v_scale + n * C::kValueScales, sizeof(shared.v_scale[0]), &shared.v_full[i]);
       sm90::bulk_copy(shared.v[i], v + int64_t(n) * C::kTileBytes, C::kTileBytes, &shared.v_full[i]);
     }
   }
 }
 
-// A warpgroup's operand of Q: one 16-byte word per k-step in registers, or, from head dim 128 on, in shared memory.
+// Brings Q to one consumer: one thread's work. The next job's Q comes while the consumer still finishes the last one.
 template <int D>
-struct Queries {
-  using C = Config<D>;
-  uint4 word[C::kQueriesInRegisters ? C::kSteps : 1];
-  unsigned char* tile;
-
-  __device__ __forceinline__ Queries(Shared<D>& shared, int consumer) : tile(shared.q[consumer]) {}
-
-  // `from` is the tile in q8; null where the sequence has ended.
-  __device__ __forceinline__ void load(const uint4* from, int consumer) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    if constexpr (!C::kQueriesInRegisters) sm90::named_wait(1 + consumer, 128);  // the last job's products are done
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-      const uint4 loaded = from == nullptr ? make_uint4(0, 0, 0, 0) : from[(warp * C::kSteps + step) * 32 + lane];
-      if constexpr (C::kQueriesInRegisters) {
-        word[step] = loaded;
-      } else {
-        const uint32_t part[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = 16 * warp + lane / 4 + 8 * (i % 2), byte = 32 * step + 16 * (i / 2) + 4 * (lane % 4);
-          const int at = byte / 128 * kQueryTile * 128 + int8::swizzle(row * 128 + byte % 128, 128);
-          *reinterpret_cast<uint32_t*>(tile + at) = part[i];
-        }
-      }
-    }
-    if constexpr (!C::kQueriesInRegisters) {
-      sm90::fence_shared();
-      sm90::named_wait(1 + consumer, 128);
+__device__ __forceinline__ void produce_queries(const Params& p, Shared<D>& shared, int consumer) {
+  const int64_t query_tiles = p.call.shape.query_tiles();
+  const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
+  auto& q = shared.q[consumer];
+  auto& q_scale = shared.q_scale[consumer];
+  uint64_t* const full = &shared.q_full[consumer];
+  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
+    const Job job(p, job_of_round(round));
+    const int tile = job.block * Config<D>::kConsumers + consumer;
+    const int64_t at = (int64_t(job.batch) * p.call.shape.heads + job.head) * query_tiles + tile;
+    sm90::barrier_wait(&shared.q_empty[consumer], static_cast<uint32_t>(round & 1) ^ 1);
+    if (tile < query_tiles) {
+      sm90::barrier_expect(full, sizeof(q) + sizeof(q_scale));
+      sm90::bulk_copy(q, base + p.at.q8 + at * sizeof(q), sizeof(q), full);
+      sm90::bulk_copy(q_scale, base + p.at.q_scale + at * sizeof(q_scale), sizeof(q_scale), full);
+    } else {  // the last block may hold fewer tiles: no row of this one is stored
+      sm90::barrier_arrive(full);
     }
   }
-};
+}
 
-// S = Q K^T of one tile, in flight when this returns.
+// S = Q K^T of one tile, in flight when this returns. q points to the thread's words of the A operand, one per k-step:
+// reading them again for every tile is cheaper than the registers would be.
 template <int D>
-__device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const Queries<D>& q, const unsigned char* tile) {
-  constexpr int kRow = int8::key_block(D);
+__device__ __forceinline__ void multiply_qk(int (&s)[kTileScores], const uint4* q, const unsigned char* tile) {
+  constexpr int kRow = int8::key_block(D), kAtOnce = 4;
   const uint64_t k = sm90::operand(tile, kRow);
-  sm90::wgmma_begin();
 #pragma unroll
-  for (int step = 0; step < Config<D>::kSteps; ++step) {
-    const int byte = step * 32, at = byte / kRow * kKeyTile * kRow + byte % kRow;
-    if constexpr (Config<D>::kQueriesInRegisters) {
-      if (step == 0) {
-        sm90::wgmma_s8<false>(s, &q.word[step].x, k);
+  for (int first = 0; first < D / 32; first += kAtOnce) {
+    if (first != 0) sm90::wgmma_commit(), sm90::wgmma_wait<0>();  // head dim 256: the registers of all words do not fit
+    uint4 word[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < D / 32) word[i] = q[(first + i) * 32];
+    }
+    sm90::wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < kAtOnce && first + i < D / 32; ++i) {
+      const int byte = (first + i) * 32, at = byte / kRow * kKeyTile * kRow + byte % kRow;
+      if (byte == 0) {
+        sm90::wgmma_s8<false>(s, &word[i].x, k);
       } else {
-        sm90::wgmma_s8<true>(s, &q.word[step].x, k + at / 16);
-      }
-    } else {
-      const uint64_t a = sm90::operand(q.tile, 128) + (byte / 128 * kQueryTile * 128 + byte % 128) / 16;
-      if (step == 0) {
-        sm90::wgmma_s8<false>(s, a, k);
-      } else {
-        sm90::wgmma_s8<true>(s, a, k + at / 16);
+        sm90::wgmma_s8<true>(s, &word[i].x, k + at / 16);
       }
     }
   }
 }
 
-// One block of channels of P V of one tile, in flight when this returns.
-template <int kChannels>
-__device__ __forceinline__ void multiply_pv(int (&acc)[kChannels / 2], const uint32_t (&p)[kTileWords],
+// 2 kCount channels of P V of one tile, in flight when this returns.
+template <int kCount>
+__device__ __forceinline__ void multiply_pv(int (&acc)[kCount], const uint32_t (&p)[kTileWords],
                                             const unsigned char* tile) {
   const uint64_t v = sm90::operand(tile, kKeyTile);
   sm90::wgmma_begin();
@@ -244,155 +243,171 @@ __device__ __forceinline__ void multiply_pv(int (&acc)[kChannels / 2], const uin
   for (int step = 1; step < kKeyTile / 32; ++step) sm90::wgmma_u8<true>(acc, p + 4 * step, v + 2 * step);
 }
 
-// O += (P V) * weight * v_scale for the channels from first_channel on.
+// O += (P V) * weight * v_scale for a block of channels, whose first sum in o is number `first`.
 template <int kCount, int kAll>
-__device__ __forceinline__ void promote(float (&o)[kAll], int first_channel, const int (&acc)[kCount],
-                                        const float (&weight)[2], const float* v_scale) {
+__device__ __forceinline__ void promote(float (&o)[kAll], int first, const int (&acc)[kCount], const float (&weight)[2],
+                                        const float (&v_scale)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float factor = weight[i / 2 % 2] * v_scale[first_channel / int8::kChannelGroup + i / 16];
-    float& to = o[first_channel / 2 + i];
-    to = fmaf(__int2float_rn(acc[i]), factor, to);
+    o[first + i] = fmaf(__int2float_rn(acc[i]), weight[i / 2 % 2] * v_scale[i / 16], o[first + i]);
   }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sm90::pin(o[first + i]);  // now, under the product in flight, not after it
 }
 
-// A consumer warpgroup.
-template <int D, bool kMask>
+// A consumer warpgroup. What a job's end needs is computed there once more: registers are what the loop is short of.
+template <int D, bool kMask, bool kFast>
 __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int consumer) {
   using C = Config<D>;
+  constexpr int kBlocks = (D + 63) / 64;  // of P V: 64 channels, at head dim 96 the second one 32
   const int8::Shape& shape = p.call.shape;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);  // the same in all lanes, and known to be
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-  // A stage's scales were read by ordinary loads and will be overwritten by the copy engine: without the fence between
-  // the two proxies it may overtake them (seen: one tile in thousands with its successor's scale).
   auto release = [&](uint64_t* barrier) {
-    sm90::fence_shared();
     if (lane == 0) sm90::barrier_arrive(barrier);
   };
 
-  Place<C::kStages> k_place, v_place;
-  Queries<D> q(shared, consumer);
+  Place<C::kStages> place;
   float o[D / 2];
   int s[kTileScores];
   uint32_t p8[kTileWords];
+  float weight[2];
 
-  for (int64_t round = 0; job_of_round(round) < p.jobs; ++round) {
+  // P V of one block of channels into one half of s, in flight; and the end of it.
+  auto multiply = [&](auto block) {
+    constexpr int kCount = D == 96 && block == 1 ? 16 : 32;
+    multiply_pv(reinterpret_cast<int(&)[kCount]>(s[block % 2 * 32]), p8, shared.v[place.stage] + block * 64 * kKeyTile);
+    sm90::wgmma_commit();
+  };
+  auto finish = [&](auto block, auto pending) {
+    constexpr int kCount = D == 96 && block == 1 ? 16 : 32;
+    const float* const scales = shared.v_scale[place.slot()] + block * 2;
+    const float v_scale[2] = {scales[0], scales[1]};
+    sm90::wgmma_wait<pending>();
+    auto& acc = reinterpret_cast<int(&)[kCount]>(s[block % 2 * 32]);
+    sm90::pin(acc);
+    promote(o, block * 32, acc, weight, v_scale);
+  };
+  auto rescale = [&](int r, float factor) {
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
+  };
+
+  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
     const Job job(p, job_of_round(round));
     const KeyTiles<D, kMask> tiles(p, job);
-    const int64_t bh = int64_t(job.batch) * shape.heads + job.head;
-    const int64_t query_tile = int64_t(job.block) * C::kConsumers + consumer;
-    const bool exists = query_tile < shape.query_tiles();  // the last block may hold fewer tiles
-    const int64_t at = bh * shape.query_tiles() + query_tile;
-    const int first_row = static_cast<int>(query_tile) * kQueryTile;
-    const int row = first_row + 16 * warp + g;  // the thread's first; the other is row + 8
-
-    q.load(exists ? reinterpret_cast<const uint4*>(base + p.at.q8 + at * kQueryTile * D) : nullptr, consumer);
-    float q_scale[2] = {0.0f, 0.0f};
-    if (exists) {
-      const float* const scales = reinterpret_cast<const float*>(base + p.at.q_scale) + at * kQueryTile + 16 * warp + g;
-      q_scale[0] = scales[0], q_scale[1] = scales[8];
-    }
-    const unsigned char* mask_row = nullptr;
-    if constexpr (kMask) {
-      const int64_t tile = min(query_tile, shape.query_tiles() - 1);
-      mask_row = p.call.mask_tiles + MaskTileIndex(shape, p.call.mask)(job.batch, job.head, tile);
+    const int query_tile = job.block * C::kConsumers + consumer, first_row = query_tile * kQueryTile;
+    const uint4* const q = reinterpret_cast<const uint4*>(shared.q[consumer]) + warp * D + lane;  // D words a warp
+    const float* const q_scale = &shared.q_scale[consumer][16 * warp + g];
+    sm90::barrier_wait(&shared.q_full[consumer], static_cast<uint32_t>(round & 1));
+    [[maybe_unused]] float reach = 0.0f;  // times a tile's k_scale: no exponent of the rows is larger, either sign
+    if constexpr (kFast) {
+      int norm[2] = {0, 0};
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step) {
+        const uint4 word = q[step * 32];
+        norm[0] = square_bytes(word.z, square_bytes(word.x, norm[0]));
+        norm[1] = square_bytes(word.w, square_bytes(word.y, norm[1]));
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {  // |q . k| <= |q| |k|
+        reach = fmaxf(reach, q_scale[8 * r] * sqrtf(quad_sum(__int2float_rn(norm[r])) * (127.0f * 127.0f * D)));
+      }
     }
 
     RowState state;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-    float weight[2];
-    float k_scale;  // of the thread's columns of the tile in s
 
+    // With causality the last tiles of a block may be seen by its later queries only.
+    const int end = p.call.causal ? min(tiles.end, (first_row + kQueryTile + kKeyTile - 1) / kKeyTile) : tiles.end;
     int n = tiles.from(0);
-    auto rescale = [&](int r, float factor) {
-#pragma unroll
-      for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
-    };
-    // Scores of tile n -> codes of P and the rows' weights.
-    auto soften = [&] {
-      const float c[2] = {q_scale[0] * k_scale, q_scale[1] * k_scale};
+    if (n >= end) release(&shared.q_empty[consumer]);
+    while (n < end) {
+      sm90::barrier_wait(&shared.k_full[place.stage], place.parity);
+      multiply_qk<D>(s, q, shared.k[place.stage]);
+      sm90::wgmma_commit();
+      const float k_scale = shared.k_scale[place.slot()][t];  // of the thread's columns
+      const float c[2] = {q_scale[0] * k_scale, q_scale[8] * k_scale};
       const int after = (n + 1) * kKeyTile;
-      bool plain = after <= shape.keys && (!p.call.causal || after <= first_row + 1);
-      if constexpr (kMask) plain = plain && mask_row[n] == kMaskAll;
+      const bool plain = after <= shape.keys && (!p.call.causal || after <= first_row + 1);
+      const MaskTile mask = tiles.mask(n, consumer);
+      sm90::wgmma_wait<0>();
+      sm90::pin(s);
+      release(&shared.k_empty[place.stage]);
+
       float top[2];
       uint32_t sum[2] = {0, 0};
-      if (plain) {
-        tile_max(s, c, top);
-        const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
-        quantize_p(p8, sum, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); });
-      } else {
-        const int first_column = n * kKeyTile + 2 * t;
-        const int end[2] = {p.call.causal ? min(shape.keys, row + 1) : shape.keys,
-                            p.call.causal ? min(shape.keys, row + 9) : shape.keys};
-        scores_as_floats(s, c, first_column, end);
-        if constexpr (kMask) {
-          if (mask_row[n] != kMaskAll) {
-            add_mask(s, MaskRows(p.call.mask, shape, job.batch, job.head, row), first_column, shape.keys);
+      if (plain && mask == kMaskAll) {
+        int most[2];
+        tile_max(s, c, most, top);
+        if constexpr (kFast) {
+          if (__all_sync(0xffffffffu, 2.0f * reach * k_scale < kFastSpan)) {
+            quantize_p_fast<false>(p8, sum, s, c, most, top);
+          } else {
+            quantize_p_fast<true>(p8, sum, s, c, most, top);
           }
+        } else {
+          const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
+          quantize_p(p8, sum, [&](int i) { return fmaf(__int2float_rn(s[i]), c[i / 2 % 2], bias[i / 2 % 2]); });
+        }
+      } else {
+        const int row = first_row + 16 * warp + g, column = n * kKeyTile + 2 * t;  // the thread's first; and row + 8
+        const int visible[2] = {(p.call.causal ? min(shape.keys, row + 1) : shape.keys) - column,
+                                (p.call.causal ? min(shape.keys, row + 9) : shape.keys) - column};
+        scores_as_floats(s, c, visible);
+        if constexpr (kMask) {
+          if (mask != kMaskAll) add_mask(s, p.call, job.batch, job.head, row, column);
         }
         tile_max_of_floats(s, top);
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
         quantize_p(p8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
       }
       update_rows(state, top, sum, weight, rescale);
-    };
 
-    auto wait_k = [&] { sm90::barrier_wait(&shared.k_full[k_place.stage], k_place.parity); };
-    auto wait_v = [&] { sm90::barrier_wait(&shared.v_full[v_place.stage], v_place.parity); };
-    auto release_k = [&] {
-      release(&shared.k_empty[k_place.stage]);
-      k_place.advance();
-    };
-    auto release_v = [&] {
-      release(&shared.v_empty[v_place.stage]);
-      v_place.advance();
-    };
-    // With causality the last tiles of a block may be seen by its later queries only.
-    const int end = p.call.causal ? min(tiles.end, (first_row + kQueryTile + kKeyTile - 1) / kKeyTile) : tiles.end;
-    for (; n < end; n = tiles.from(n + 1)) {
-      wait_k();
-      multiply_qk<D>(s, q, shared.k[k_place.stage]);
-      sm90::wgmma_commit();
-      k_scale = shared.k_scale[k_place.stage][t];
-      sm90::wgmma_wait<0>();
-      sm90::pin(s);
-      release_k();
-      soften();
-      wait_v();
-      int acc[C::kBlock / 2];
-#pragma unroll
-      for (int block = 0; block < D / C::kBlock; ++block) {
-        multiply_pv<C::kBlock>(acc, p8, shared.v[v_place.stage] + block * kKeyTile * C::kBlock);
-        sm90::wgmma_commit();
-        sm90::wgmma_wait<0>();
-        sm90::pin(acc);
-        promote(o, block * C::kBlock, acc, weight, shared.v_scale[v_place.stage]);
+      n = tiles.from(n + 1);
+      if (n >= end) release(&shared.q_empty[consumer]);
+      sm90::barrier_wait(&shared.v_full[place.stage], place.parity);
+      multiply(Int<0>{});
+      if constexpr (kBlocks > 1) multiply(Int<1>{});
+      if constexpr (kBlocks > 1) finish(Int<0>{}, Int<1>{});
+      if constexpr (kBlocks > 2) {
+        multiply(Int<2>{}), finish(Int<1>{}, Int<1>{});
+        multiply(Int<3>{}), finish(Int<2>{}, Int<1>{});
       }
-      release_v();
+      finish(Int<kBlocks - 1>{}, Int<0>{});
+      release(&shared.v_empty[place.stage]);
+      place.advance();
     }
+#pragma unroll 1
     for (; n < tiles.end; n = tiles.from(n + 1)) {
-      wait_k(), release_k();
-      wait_v(), release_v();
+      sm90::barrier_wait(&shared.k_full[place.stage], place.parity);
+      release(&shared.k_empty[place.stage]);
+      sm90::barrier_wait(&shared.v_full[place.stage], place.parity);
+      release(&shared.v_empty[place.stage]);
+      place.advance();
     }
 
+    const Job done(p, job_of_round(opaque(round)));
+    const int row0 = (done.block * C::kConsumers + consumer) * kQueryTile + 16 * warp;
     float inverse[2], lse[2];
     finish_rows(state, inverse, lse);
-    const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(job.kv) * D;
-    const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(job.kv) * D;
-    store_output<D>(o, inverse, v_mean, v_norm, p.call, job.batch, job.head, first_row + 16 * warp);
+    const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(done.kv) * D;
+    const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(done.kv) * D;
+    store_output<D>(o, inverse, v_mean, v_norm, p.call, done.batch, done.head, row0);
     if (p.call.lse != nullptr && t == 0) {
+      float* const rows = p.call.lse + (int64_t(done.batch) * shape.heads + done.head) * shape.queries;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r < shape.queries) p.call.lse[bh * shape.queries + row + 8 * r] += lse[r];
+        if (row0 + g + 8 * r < shape.queries) rows[row0 + g + 8 * r] += lse[r];
       }
     }
   }
 }
 
-template <int D, bool kMask>
+template <int D, bool kMask, bool kFast>
 __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const __grid_constant__ Params p) {
   using C = Config<D>;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -402,42 +417,48 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
       sm90::barrier_init(&shared.k_full[i], 1), sm90::barrier_init(&shared.v_full[i], 1);
       sm90::barrier_init(&shared.k_empty[i], 4 * C::kConsumers), sm90::barrier_init(&shared.v_empty[i], 4 * C::kConsumers);
     }
+    for (int i = 0; i < C::kConsumers; ++i) sm90::barrier_init(&shared.q_full[i], 1), sm90::barrier_init(&shared.q_empty[i], 4);
     sm90::fence_barrier_init();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     sm90::register_budget_down<C::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<D, kMask>(p, shared);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (threadIdx.x % 32 == 0 && warp == 0) produce<D, kMask>(p, shared);
+    if (threadIdx.x % 32 == 0 && warp > 0 && warp <= C::kConsumers) produce_queries<D>(p, shared, warp - 1);
   } else {
     sm90::register_budget_up<C::kConsumerRegisters>();
-    consume<D, kMask>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
+    consume<D, kMask, kFast>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
   }
 }
 
-template <int D, bool kMask>
+template <int D, bool kMask, bool kFast>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   using C = Config<D>;
   constexpr int64_t kCacheBytes = 24 << 20;  // of the 50 MB L2: what K and V of a group of heads may take
   const int8::Shape& shape = call.shape;
   const int64_t heads = int64_t(shape.batch) * shape.heads;
   const int per_kv = shape.heads / shape.kv_heads;
-  const int blocks = static_cast<int>(int8::ceil_div(shape.queries, C::kQueries));
+  const int64_t blocks = int8::ceil_div(shape.queries, C::kQueries);
   const int64_t fitting = std::max<int64_t>(1, kCacheBytes / (2 * shape.key_tiles() * C::kTileBytes)) * per_kv;
-  const Params params{call, int8::Workspace(shape), heads * blocks, blocks, static_cast<int>(std::min(fitting, heads))};
-  const auto kernel = int8_attention<D, kMask>;
+  if (heads * blocks > (1 << 30)) return cudaErrorInvalidValue;  // more Q than any memory holds
+  const Params params{call, int8::Workspace(shape), static_cast<int>(heads * blocks), static_cast<int>(blocks),
+                      static_cast<int>(std::min(fitting, heads))};
+  const auto kernel = int8_attention<D, kMask, kFast>;
   const int bytes = sizeof(Shared<D>);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int grid = static_cast<int>(std::min<int64_t>(params.jobs, call.multiprocessors));
+  const int grid = std::min(params.jobs, call.multiprocessors);
   kernel<<<grid, C::kThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <int D>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
-  if (call.mask.data == nullptr) return launch<D, false>(call, stream);
+  if (call.mask.data == nullptr) return call.fast ? launch<D, false, true>(call, stream) : launch<D, false, false>(call, stream);
   const cudaError_t error = classify_mask_tiles(call, stream);
-  return error != cudaSuccess ? error : launch<D, true>(call, stream);
+  if (error != cudaSuccess) return error;
+  return call.fast ? launch<D, true, true>(call, stream) : launch<D, true, false>(call, stream);
 }
 
 }  // namespace

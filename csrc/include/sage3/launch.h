@@ -33,6 +33,7 @@ struct Int8Attend {
   Tensor4 mask;           // (B, H, Lq, Lk), strides 0 where broadcast; bool (true = attend) or floating; data null: none
   unsigned char* mask_tiles;  // with a mask: MaskTileIndex(shape, mask).bytes of scratch
   bool causal;            // query i attends keys 0..i
+  bool fast;              // exponentials within 6 % in place of exact ones; sm90 only
   int multiprocessors;
 };
 

@@ -71,6 +71,22 @@ __device__ __forceinline__ uint32_t pack_s8(float a, float b, float c, float d) 
 // sum + the four unsigned bytes of word. IDP.4A
 __device__ __forceinline__ uint32_t add_bytes(uint32_t word, uint32_t sum) { return __dp4a(word, 0x01010101u, sum); }
 
+// sum + the squares of the four signed bytes of word. IDP.4A
+__device__ __forceinline__ int square_bytes(uint32_t word, int sum) {
+  return __dp4a(static_cast<int>(word), static_cast<int>(word), sum);
+}
+
+// The same value, of which the compiler knows nothing. A pointer: constants added to it become offsets of the
+// instructions that use it. An index: what follows from it is computed where it is needed, and kept in no register.
+__device__ __forceinline__ const unsigned char* opaque(const unsigned char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The maximum of three integers. VIMNMX3 (sm_90); two VIMNMX before
 __device__ __forceinline__ int max3(int a, int b, int c) { return max(max(a, b), c); }
 

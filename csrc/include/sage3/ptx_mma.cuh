@@ -49,17 +49,6 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
   }
 }
 
-// The same value, of which the compiler knows nothing. A pointer: constants added to it become offsets of the
-// instructions that use it. An index: what follows from it is computed where it is needed, and kept in no register.
-__device__ __forceinline__ const unsigned char* opaque(const unsigned char* p) {
-  asm volatile("" : "+l"(p));
-  return p;
-}
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // A load that the compiler may not move out of a loop and keep in registers. LDG.128.CONSTANT
 __device__ __forceinline__ uint4 load_again(const uint4* from) {
   uint4 w;

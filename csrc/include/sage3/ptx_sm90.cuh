@@ -86,6 +86,8 @@ __device__ __forceinline__ void pin(int (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
+
 // Descriptor of a K-major operand in shared memory whose rows of 32, 64 or 128 bytes are swizzled: eight rows make a
 // group, groups follow each other. Steps along the contraction are added to the address field (16-byte units).
 __device__ __forceinline__ uint64_t operand(const void* tile, int row_bytes) {
@@ -103,6 +105,24 @@ __device__ __forceinline__ uint64_t operand(const void* tile, int row_bytes) {
 #define SAGE3_ADD_TO(d, i) \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
 
+// IGMMA.64x32x32.U8.S8
+template <bool kAdd>
+__device__ __forceinline__ void wgmma_u8(int (&d)[16], const uint32_t* a, uint64_t b) {
+  if constexpr (kAdd) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, {%16, %17, %18, %19}, %20, 1;"
+                 : SAGE3_ADD_TO(d, 0), SAGE3_ADD_TO(d, 8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, {%16, %17, %18, %19}, %20, 0;"
+                 : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
 // IGMMA.64x64x32.U8.S8
 template <bool kAdd>
 __device__ __forceinline__ void wgmma_u8(int (&d)[32], const uint32_t* a, uint64_t b) {
@@ -119,52 +139,6 @@ __device__ __forceinline__ void wgmma_u8(int (&d)[32], const uint32_t* a, uint64
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
                  "}, {%32, %33, %34, %35}, %36, 0;"
                  : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
-
-// IGMMA.64x96x32.U8.S8
-template <bool kAdd>
-__device__ __forceinline__ void wgmma_u8(int (&d)[48], const uint32_t* a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-                 "}, {%48, %49, %50, %51}, %52, 1;"
-                 : SAGE3_ADD_TO(d, 0), SAGE3_ADD_TO(d, 8), SAGE3_ADD_TO(d, 16), SAGE3_ADD_TO(d, 24), SAGE3_ADD_TO(d, 32), SAGE3_ADD_TO(d, 40)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-                 "}, {%48, %49, %50, %51}, %52, 0;"
-                 : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24), SAGE3_WRITE(d, 32), SAGE3_WRITE(d, 40)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
-
-// IGMMA.64x128x32.U8.S8
-template <bool kAdd>
-__device__ __forceinline__ void wgmma_u8(int (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, {%64, %65, %66, %67}, %68, 1;"
-                 : SAGE3_ADD_TO(d, 0), SAGE3_ADD_TO(d, 8), SAGE3_ADD_TO(d, 16), SAGE3_ADD_TO(d, 24), SAGE3_ADD_TO(d, 32), SAGE3_ADD_TO(d, 40), SAGE3_ADD_TO(d, 48), SAGE3_ADD_TO(d, 56)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, {%64, %65, %66, %67}, %68, 0;"
-                 : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24), SAGE3_WRITE(d, 32), SAGE3_WRITE(d, 40), SAGE3_WRITE(d, 48), SAGE3_WRITE(d, 56)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 }
@@ -190,30 +164,6 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t* a, uint64
                  "}, {%64, %65, %66, %67}, %68, 0;"
                  : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24), SAGE3_WRITE(d, 32), SAGE3_WRITE(d, 40), SAGE3_WRITE(d, 48), SAGE3_WRITE(d, 56)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
-
-// IGMMA.64x128x32.S8.S8, A in shared memory too
-template <bool kAdd>
-__device__ __forceinline__ void wgmma_s8(int (&d)[64], uint64_t a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, 1;"
-                 : SAGE3_ADD_TO(d, 0), SAGE3_ADD_TO(d, 8), SAGE3_ADD_TO(d, 16), SAGE3_ADD_TO(d, 24), SAGE3_ADD_TO(d, 32), SAGE3_ADD_TO(d, 40), SAGE3_ADD_TO(d, 48), SAGE3_ADD_TO(d, 56)
-                 : "l"(a), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, 0;"
-                 : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24), SAGE3_WRITE(d, 32), SAGE3_WRITE(d, 40), SAGE3_WRITE(d, 48), SAGE3_WRITE(d, 56)
-                 : "l"(a), "l"(b));
   }
 }
 

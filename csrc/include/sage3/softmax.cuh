@@ -37,16 +37,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// The tile's maximum of both rows, from integer scores: one factor per row and thread, and c >= 0.
-__device__ __forceinline__ void tile_max(const int (&s)[kTileScores], const float (&c)[2], float (&top)[2]) {
+// The tile's maximum of both rows, from integer scores: one factor per row and thread, and c >= 0. most: this thread's.
+__device__ __forceinline__ void tile_max(const int (&s)[kTileScores], const float (&c)[2], int (&most)[2], float (&top)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    int most[4];  // chains, to cover the latency
+    int chain[4];  // to cover the latency
 #pragma unroll
-    for (int i = 0; i < 4; ++i) most[i] = max(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]);
+    for (int i = 0; i < 4; ++i) chain[i] = max(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]);
 #pragma unroll
-    for (int j = 4; j < kTileScores / 4; ++j) most[j % 4] = max3(most[j % 4], s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
-    top[r] = quad_max(c[r] * __int2float_rn(max(max(most[0], most[1]), max(most[2], most[3]))));
+    for (int j = 4; j < kTileScores / 4; ++j) chain[j % 4] = max3(chain[j % 4], s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+    most[r] = max(max(chain[0], chain[1]), max(chain[2], chain[3]));
+    top[r] = quad_max(c[r] * __int2float_rn(most[r]));
   }
 }
 
@@ -76,6 +77,46 @@ __device__ __forceinline__ void quantize_p(uint32_t (&p)[kTileWords], uint32_t (
       const int i = 8 * half + 2 * r;
       const uint32_t word = pack_u8(exp2_approx(exponent(i)), exp2_approx(exponent(i + 1)),
                                     exp2_approx(exponent(i + 4)), exp2_approx(exponent(i + 5)));
+      sum[r] = add_bytes(word, sum[r]);
+      p[2 * half + r] = word;
+    }
+  }
+}
+
+// The same from raw scores and without an exponential: 2^x is read off a number whose bits are x in fixed point, as
+// Schraudolph did (Neural Computation 11, 1999): (1 + f) 2^n for x = n + f, which is 0 to 6 % too large, on average the
+// 4 % that kBias takes off. One integer multiply-add a score; c too is fixed point, in units of 2^-23.
+// The product may wrap around below -kFastSpan. Where it could, kClamp: scores that far below the thread's maximum `most`
+// are lifted, at the price of an instruction each; they are code 0 either way.
+constexpr float kFastSpan = 350.0f;
+
+template <bool kClamp>
+__device__ __forceinline__ void quantize_p_fast(uint32_t (&p)[kTileWords], uint32_t (&sum)[2], const int (&s)[kTileScores],
+                                                const float (&c)[2], const int (&most)[2], const float (&top)[2]) {
+  constexpr float kUnit = 8388608.0f;  // 2^23: one in the exponent of a float
+  constexpr float kBias = 0.0575f;
+  uint32_t factor[2], base[2];
+  [[maybe_unused]] int least[2] = {0, 0};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    factor[r] = static_cast<uint32_t>(__float2int_rn(c[r] * kUnit));
+    // The thread's maximum against the row's: where it is 2^-30 of it, all the thread has is code 0.
+    const float below = fmaxf(c[r] * __int2float_rn(most[r]) - top[r], -30.0f) - kBias;
+    base[r] = static_cast<uint32_t>(__float2int_rn(below * kUnit) + __float_as_int(255.0f)) -
+              static_cast<uint32_t>(most[r]) * factor[r];
+    if constexpr (kClamp) least[r] = most[r] - max(1, __float2int_rd(fminf(__fdividef(kFastSpan, c[r]), 1e9f)));
+  }
+  auto power = [&](int i) {
+    const int r = i / 2 % 2;
+    const int score = kClamp ? max(s[i], least[r]) : s[i];
+    return __uint_as_float(static_cast<uint32_t>(score) * factor[r] + base[r]);
+  };
+#pragma unroll
+  for (int half = 0; half < kTileScores / 8; ++half) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = 8 * half + 2 * r;
+      const uint32_t word = pack_u8(power(i), power(i + 1), power(i + 4), power(i + 5));
       sum[r] = add_bytes(word, sum[r]);
       p[2 * half + r] = word;
     }

@@ -8,25 +8,6 @@
 
 namespace sage3 {
 
-// A thread's two rows of a mask.
-struct MaskRows {
-  const char* row[2];
-  int64_t column_stride;  // bytes
-  Dtype dtype;
-
-  // Rows past the end read the last one: their results are never stored.
-  __device__ MaskRows(const Tensor4& mask, const int8::Shape& shape, int batch, int head, int first_row) {
-    const int size = mask.dtype == Dtype::kBool ? 1 : mask.dtype == Dtype::kFloat32 ? 4 : 2;
-    const char* base = static_cast<const char*>(mask.data);
-    for (int r = 0; r < 2; ++r) {
-      const int64_t query = min(first_row + 8 * r, shape.queries - 1);
-      row[r] = base + size * (batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2]);
-    }
-    column_stride = size * mask.stride[3];
-    dtype = mask.dtype;
-  }
-};
-
 // What a mask's element adds to a score, base 2.
 template <class T>
 __device__ __forceinline__ float mask_bias(const char* at) {
@@ -38,47 +19,58 @@ __device__ __forceinline__ float mask_bias(const char* at) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ void add_mask_of(int (&y)[kTileScores], const MaskRows& mask, int first_column, int keys) {
+// Adds the elements of a mask to the first kPart scores; `at` moves on.
+template <class T, int kPart, int kCount>
+__device__ __forceinline__ void add_mask_part(int (&y)[kCount], const char* (&at)[2], int64_t stride, int columns) {
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) {
+    const bool there = 8 * (i / 4) + i % 2 < columns;
+    const float bias = there ? mask_bias<T>(at[i / 2 % 2] + i % 2 * stride) : kNegativeInfinity;
+    float& value = reinterpret_cast<float&>(y[i]);
+    value = bias == kNegativeInfinity ? bias : value + bias;
+    if (i % 4 == 3) at[0] += 8 * stride, at[1] += 8 * stride;
+  }
+}
+
+// Adds a mask to scores that are floats already, -inf hides whatever the score is: rows `row` and row + 8 (past the end:
+// the last one, whose result is not stored), columns from `column` on. Part after part in a loop that turns the scores'
+// registers on: addresses and elements of all of them at once are more than fit.
+template <int kCount>
+__device__ __forceinline__ void add_mask(int (&y)[kCount], const Int8Attend& call, int batch, int head, int row, int column) {
+  constexpr int kPart = 4;
+  const Tensor4& mask = call.mask;
+  const int size = opaque(mask.dtype == Dtype::kBool ? 1 : mask.dtype == Dtype::kFloat32 ? 4 : 2);
+  const int64_t stride = size * mask.stride[3];
   const char* at[2];
-  for (int r = 0; r < 2; ++r) at[r] = mask.row[r] + first_column * mask.column_stride;
 #pragma unroll
-  for (int j = 0; j < kTileScores / 4; ++j) {
-    // Opaque to the compiler: it would compute all 64 addresses first, in the registers that the scores need.
-    asm volatile("" : "+l"(at[0]), "+l"(at[1]));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = first_column + 8 * j + (i & 1);
-      const float bias = column < keys ? mask_bias<T>(at[i / 2] + (i & 1) * mask.column_stride) : kNegativeInfinity;
-      float& value = reinterpret_cast<float&>(y[4 * j + i]);
-      value = bias == kNegativeInfinity ? bias : value + bias;
+  for (int r = 0; r < 2; ++r) {
+    const int64_t query = min(row + 8 * r, call.shape.queries - 1);
+    const int64_t element = batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2];
+    at[r] = static_cast<const char*>(mask.data) + size * element + column * stride;
+  }
+  int columns = call.shape.keys - column;
+#pragma unroll 1
+  for (int part = 0; part < kCount / kPart; ++part, columns -= 2 * kPart) {
+    switch (mask.dtype) {
+      case Dtype::kBool: add_mask_part<unsigned char, kPart>(y, at, stride, columns); break;
+      case Dtype::kFloat16: add_mask_part<__half, kPart>(y, at, stride, columns); break;
+      case Dtype::kBFloat16: add_mask_part<__nv_bfloat16, kPart>(y, at, stride, columns); break;
+      case Dtype::kFloat32: add_mask_part<float, kPart>(y, at, stride, columns); break;
     }
-    for (int r = 0; r < 2; ++r) at[r] += 8 * mask.column_stride;
+    int done[kPart];
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) done[i] = y[i];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = i < kCount - kPart ? y[i + kPart] : done[i + kPart - kCount];
   }
 }
 
-// Adds a mask to scores that are floats already; -inf hides, whatever the score is.
-static __device__ __forceinline__ void add_mask(int (&y)[kTileScores], const MaskRows& mask, int first_column, int keys) {
-  switch (mask.dtype) {
-    case Dtype::kBool: return add_mask_of<unsigned char>(y, mask, first_column, keys);
-    case Dtype::kFloat16: return add_mask_of<__half>(y, mask, first_column, keys);
-    case Dtype::kBFloat16: return add_mask_of<__nv_bfloat16>(y, mask, first_column, keys);
-    case Dtype::kFloat32: return add_mask_of<float>(y, mask, first_column, keys);
-  }
-}
-
-// Integer scores -> floats in place. `end[r]` is the first column that row r may not attend; `first_column` is the
-// thread's first: tile * 128 + 2t.
-__device__ __forceinline__ void scores_as_floats(int (&s)[kTileScores], const float (&c)[2], int first_column,
-                                                 const int (&end)[2]) {
+// Integer scores -> floats in place; hidden from the column `visible[r]` after the thread's first on.
+__device__ __forceinline__ void scores_as_floats(int (&s)[kTileScores], const float (&c)[2], const int (&visible)[2]) {
 #pragma unroll
-  for (int j = 0; j < kTileScores / 4; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = first_column + 8 * j + (i & 1);
-      const float y = c[i / 2] * __int2float_rn(s[4 * j + i]);
-      s[4 * j + i] = __float_as_int(column < end[i / 2] ? y : kNegativeInfinity);
-    }
+  for (int i = 0; i < kTileScores; ++i) {
+    const float y = c[i / 2 % 2] * __int2float_rn(s[i]);
+    s[i] = __float_as_int(8 * (i / 4) + i % 2 < visible[i / 2 % 2] ? y : kNegativeInfinity);
   }
 }
 
