@@ -1,6 +1,6 @@
 """``python -m comfy_sage3 sass``: what the compiler makes of every kernel, on a machine without a GPU.
 
-Compiles each .cu for each of its architectures, refuses spills, and prints the main loops (the innermost
+Compiles each .cu for each of its architectures, refuses spills in main loops, and prints the main loops (the innermost
 ones with the most tensor-core instructions) by opcode. Needs the [build] extra and nothing else.
 
 A score is one element of Q times K. How many a thread makes per turn of the loop follows from the multiply-adds
@@ -53,9 +53,9 @@ class Kernel:
 
     @property
     def fault(self) -> str | None:
-        """Why ``sass`` does not accept it."""
-        if self.resources.spills:
-            return f"spills {self.resources.spills} bytes"
+        """Why ``sass`` does not accept it: registers in memory where it counts, in a main loop, or anywhere without one."""
+        if not self.loops:
+            return f"spills {self.resources.spills} bytes" if self.resources.spills else None
         local = sum(loop.local_memory for loop in self.loops)
         return f"{local} accesses to local memory in its main loops" if local else None
 
@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     for k in faults:
         print(f"FAILED {k.name} on sm_{k.arch} ({k.source}): {k.fault}")
     if not faults:
-        print(f"{len(kernels)} kernels compiled; none spills.")
+        outside = sum(k.resources.spills > 0 for k in kernels)
+        where = f" in its main loop; {outside} do outside it" if outside else ""
+        print(f"{len(kernels)} kernels compiled; none spills{where}.")
     return 1 if faults and not args.allow_spills else 0
 
 

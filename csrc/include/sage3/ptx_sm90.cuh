@@ -38,6 +38,22 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// The same for a thread with nothing else to do: a loop of tries takes issue slots from the warps that compute.
+__device__ __forceinline__ void barrier_await(uint64_t* barrier, uint32_t parity) {
+  for (;;) {
+    uint32_t done;
+    asm volatile(
+        "{.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;}\n"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (done) return;
+    __nanosleep(40);
+  }
+}
+
 // `bytes` (a multiple of 16) from global to shared memory; the barrier learns of them. UBLKCP
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -139,6 +155,30 @@ __device__ __forceinline__ void wgmma_u8(int (&d)[32], const uint32_t* a, uint64
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
                  "}, {%32, %33, %34, %35}, %36, 0;"
                  : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
+// IGMMA.64x128x32.U8.S8
+template <bool kAdd>
+__device__ __forceinline__ void wgmma_u8(int (&d)[64], const uint32_t* a, uint64_t b) {
+  if constexpr (kAdd) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, {%64, %65, %66, %67}, %68, 1;"
+                 : SAGE3_ADD_TO(d, 0), SAGE3_ADD_TO(d, 8), SAGE3_ADD_TO(d, 16), SAGE3_ADD_TO(d, 24), SAGE3_ADD_TO(d, 32), SAGE3_ADD_TO(d, 40), SAGE3_ADD_TO(d, 48), SAGE3_ADD_TO(d, 56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, {%64, %65, %66, %67}, %68, 0;"
+                 : SAGE3_WRITE(d, 0), SAGE3_WRITE(d, 8), SAGE3_WRITE(d, 16), SAGE3_WRITE(d, 24), SAGE3_WRITE(d, 32), SAGE3_WRITE(d, 40), SAGE3_WRITE(d, 48), SAGE3_WRITE(d, 56)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 }
