@@ -34,13 +34,15 @@ namespace {
 using int8::kKeyTile;
 using int8::kQueryTile;
 
-// What depends on the head dim. 65,536 registers: 32 and three times 160 a thread, or 32 and twice 240.
+// What depends on the head dim. 65,536 registers: 32 and three times 160 a thread, or 24 and twice 240.
 template <int D>
 struct Config {
   static constexpr int kConsumers = D == 256 ? 2 : 3;
-  static constexpr int kProducerRegisters = 32;
+  static constexpr int kProducerRegisters = D == 256 ? 24 : 32;
   static constexpr int kConsumerRegisters = D == 256 ? 240 : 160;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  // What setmaxnreg may hand out is what the block got at its launch; asking for more waits for ever.
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
   static constexpr int kQueries = kConsumers * kQueryTile;
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kStages = D == 256 ? 2 : 4;
