@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("benchmarks/attention.py needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
             return 2
         seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
-        result = run(wanted, measured, seconds, command(words), say=lambda text: print(text, flush=True))
+        result = run(wanted, measured, seconds, args.rest, command(words), say=lambda text: print(text, flush=True))
         print(summary(result))
         print("\n".join(page.write(result, args.out or default_out(result))))
     except Sage3Error as problem:
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--backward", action="store_true", help="time gradients too, on the square shapes")
     made.add_argument("--quick", action="store_true", help="hd128 and hd64 at 8192 tokens only")
     made.add_argument("--seconds", type=float, help="timed per shape, about")
+    made.add_argument("--rest", type=float, default=measure.REST_S, help="seconds before each sample; 0: back to back")
     made.add_argument("--from-json", type=Path, metavar="FILE", help="render an earlier result's table and plot anew")
     return made
 
@@ -104,11 +105,12 @@ def default_out(result: dict[str, Any]) -> Path:
 
 
 def run(
-    wanted: Sequence[Shape], measured: Sequence[Peer], seconds: float, command: str, say: Callable[[str], None]
+    wanted: Sequence[Shape], measured: Sequence[Peer], seconds: float, rest_s: float, command: str,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure everything -> the result, as the JSON has it."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    clock = CudaClock()
+    clock = CudaClock(rest_s)
     absent = {p.name: p.absent() for p in measured}
     present = [p for p in measured if absent[p.name] is None]
     result: dict[str, Any] = {
@@ -119,6 +121,7 @@ def run(
         "device": machine.device(),
         "versions": machine.versions(),
         "clocks": {"start": machine.smi(), "busy": None, "end": None},
+        "rest_s": rest_s,
         "dtype": str(DTYPE).removeprefix("torch."),
         "kinds": KIND_TEXT,
         "peers": [

@@ -1,9 +1,14 @@
-"""How it is measured: peers take turns, several rounds, each sample at least 10 ms; medians and their spread."""
+"""How it is measured: peers take turns, several rounds, each sample at least 10 ms; medians and their spread.
+
+Before each sample the GPU rests, and warms up with one untimed call: at its power limit it lowers its clock by a quarter
+within a tenth of a second, and without the pause one peer's heat would be another's slowness. Rest 0 measures that state.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,10 +20,11 @@ from comfy_sage3.metrics import attention_error
 
 from .shapes import Shape
 
+REST_S = 0.06
 SAMPLE_MS = 10.0  # events are exact to about a microsecond, launches to some ten
 TINY_MS = 0.3  # calls shorter than this are replayed as a CUDA graph: otherwise Python would be measured
 MOST_ROUNDS = 15
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 5
 LONG_MS = 1000.0  # a round longer than this is taken twice only
 INPUT_SETS = 16  # at most, so that inputs that fit in L2 do not stay there
 
@@ -54,12 +60,24 @@ class Clock(Protocol):
     def time(self, batch: Callable[[], None]) -> float:
         """How long one run of ``batch`` took on the device."""
 
+    def rest(self, warm_up: Callable[[], None]) -> None:
+        """Let the device cool down, then run ``warm_up``, untimed."""
+
     def batch(self, calls: Calls, count: int, tiny: bool) -> tuple[Callable[[], None], str]:
         """``count`` calls, taking turns among ``calls``, as one function, and how it is run."""
 
 
 class CudaClock:
-    """CUDA events on the current stream."""
+    """CUDA events on the current stream; a rest takes so many seconds."""
+
+    def __init__(self, rest_s: float = REST_S) -> None:
+        self.rest_s = rest_s
+
+    def rest(self, warm_up: Callable[[], None]) -> None:
+        """Sleep, with nothing running on the GPU; the first call after it brings the clock up."""
+        torch.cuda.synchronize()
+        time.sleep(self.rest_s)
+        warm_up()
 
     def time(self, batch: Callable[[], None]) -> float:
         """Milliseconds between an event before and one after, both on the GPU."""
@@ -116,6 +134,7 @@ def interleaved(runners: Mapping[str, Calls], seconds: float, clock: Clock) -> d
     for i in range(rounds):
         for name in order if i % 2 == 0 else reversed(order):
             run, count, _ = batches[name]
+            clock.rest(looped(runners[name], 1))
             samples[name].append(clock.time(run) / count)
     return {name: summary(ms, batches[name][1], batches[name][2]) for name, ms in samples.items()}
 

@@ -133,7 +133,7 @@ def _no_kernel(kernel: str) -> Callable[[], str | None]:
         if missing := _no_cuda():
             return missing
         capability = torch.cuda.get_device_capability()
-        if kernel == "sm90" and capability != (9, 0):
+        if kernel.startswith("sm90") and capability != (9, 0):
             return f"this kernel is for sm_90 and this GPU is sm_{capability[0]}{capability[1]}"
         outcome = build.load()
         return outcome.reason if isinstance(outcome, build.Failure) else None
@@ -188,6 +188,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("sm90-kernel", "int8-sm90, kernel", KERNEL, _ours_alone("sm90"), _no_kernel("sm90")),
     Peer("sm90-mask", "int8-sm90, kernel, mask all true", KERNEL, _ours_alone("sm90", True), _no_kernel("sm90"),
          _too_large_a_mask),
+    Peer("sm90-fast", "int8-fast-sm90", END_TO_END, _ours("sm90-fast"), _no_kernel("sm90-fast")),
+    Peer("sm90-fast-kernel", "int8-fast-sm90, kernel", KERNEL, _ours_alone("sm90-fast"), _no_kernel("sm90-fast")),
     Peer("mma", "int8-mma", END_TO_END, _ours("mma"), _no_kernel("mma")),
     Peer("mma-kernel", "int8-mma, kernel", KERNEL, _ours_alone("mma"), _no_kernel("mma")),
     Peer("quantise", "int8 quantisation", QUANTISATION, _quantise, _no_kernel("mma")),

@@ -1,7 +1,7 @@
 """The decision: which kernel serves a call, and why. ``decide`` is pure: data in, data out; no device is asked.
 
 ``choose`` decides and, where the choice is a compiled kernel, asks whether the library is there, which builds it.
-A wish is tried from the lowest precision up: fp4 -> int8 -> exact. The reason is one short sentence that a
+A wish is tried from the lowest precision up: fp4 or int8-fast -> int8 -> exact. The reason is one short sentence that a
 person reads in the report, so it always says what was missing and what there was instead.
 """
 
@@ -18,7 +18,13 @@ from .kernels.devices import DTYPE_NAMES, EXACT, HARDWARE, KERNELS, Capability, 
 from .precision import Precision
 
 COMPILED = {kernel.name: kernel.compiled for kernel in KERNELS if kernel.compiled is not None}
-CHAIN = {"auto": ("fp4", "int8"), "fp4": ("fp4", "int8"), "int8": ("int8",), "exact": ()}
+CHAIN = {
+    "auto": ("fp4", "int8"),
+    "fp4": ("fp4", "int8"),
+    "int8": ("int8",),
+    "int8-fast": ("int8-fast", "int8"),
+    "exact": (),
+}
 EMULATED = "emulated in plain PyTorch: the quality is real, the speed is not"
 
 

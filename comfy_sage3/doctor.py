@@ -32,7 +32,7 @@ OPTIONAL = {  # distribution on PyPI: what it is for
     "ninja": "building CUDA kernels",
 }
 TYPICAL = (1, 24, 8192, 128)  # a video model's self-attention: (batch, heads, tokens, head_dim)
-LEAST_COSINE = {"fp4": 0.97, "int8": 0.999, "exact": 0.999999}  # on normal random inputs
+LEAST_COSINE = {"fp4": 0.97, "int8": 0.999, "int8-fast": 0.999, "exact": 0.999999}  # on normal random inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": [_device(d) for d in devices],
         "decisions": [_decision(d, p) for d in devices for p in Precision],
         "kernels": describe.describe(),
-        "self_test": [self_test(d, p) for d in devices for p in ("fp4", "int8", "exact")],
+        "self_test": [self_test(d, p) for d in devices for p in ("fp4", "int8", "int8-fast", "exact")],
         "packages": [_package(name, use) for name, use in OPTIONAL.items()] + [_nvcc()],
     }
 
@@ -103,7 +103,7 @@ def render(found: dict[str, Any]) -> str:
         for x in found["decisions"]:
             if x["device"] == device["device"]:
                 fell_back = " (falls back)" if x["fell_back"] else ""
-                lines.append(f"  {x['precision']:<6}-> {x['kernel']}{fell_back}: {x['reason']}")
+                lines.append(f"  {x['precision']:<10}-> {x['kernel']}{fell_back}: {x['reason']}")
     lines += ["", *describe.lines(found["kernels"])]
     lines += ["", "Self-test against exact attention (emulated where there is no kernel: quality, not speed)"]
     for test in found["self_test"]:

@@ -101,10 +101,10 @@ def test_a_gpu_this_version_does_not_know_is_named(capability, precision):
     ("changes", "kernel", "reason"),
     [
         ({}, "int8-sm90", "the fastest here, runs on sm_90"),
-        ({"k_shape": (1, 24, 1024, 128)}, "int8-sm90", "the fastest here, runs on sm_90"),
+        ({"k_shape": (1, 24, 4096, 128)}, "int8-sm90", "the fastest here, runs on sm_90"),
         ({"q_shape": (1, 24, 1, 128)}, "int8-sm90", "the fastest here, runs on sm_90"),
-        ({"k_shape": (1, 24, 1023, 128)}, "exact", "auto: exact is faster below 1024 keys"),
-        ({"k_shape": (1, 24, 77, 128)}, "exact", "auto: exact is faster below 1024 keys"),
+        ({"k_shape": (1, 24, 4095, 128)}, "exact", "auto: exact is faster below 4096 keys"),
+        ({"k_shape": (1, 24, 77, 128)}, "exact", "auto: exact is faster below 4096 keys"),
         ({"k_shape": (1, 24, 77, 128), "build_failure": NO_NVCC}, "exact",
          "auto found no low-bit kernel: fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; "
          f"int8 needs compiled kernels; {NO_NVCC}"),
@@ -116,6 +116,29 @@ def test_auto_leaves_short_calls_exact_and_a_wish_is_a_wish(changes, kernel, rea
     assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, reason, False)
     if call.build_failure is None:
         assert decide(call, "int8").kernel == "int8-sm90"
+
+
+def test_auto_wants_fewer_keys_where_exact_attention_is_slower():
+    call = gpu((8, 9), k_shape=(1, 24, 1024, 128))
+    assert decide(call, "auto").kernel == "int8-mma"
+    assert decide(replace(call, k_shape=(1, 24, 1023, 128)), "auto").reason == "auto: exact is faster below 1024 keys"
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "reason", "fell_back"),
+    [
+        ((9, 0), "int8-fast-sm90", "asked for, runs on sm_90", False),
+        ((8, 9), "int8-mma",
+         "int8-fast needs a Hopper GPU (sm_90; no other is held up by exponentials); this GPU is sm_89; "
+         "int8 instead, runs on sm_89", True),
+        (None, "exact", "int8-fast needs a Hopper GPU (sm_90; no other is held up by exponentials); this is a CPU; "
+         "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer)", True),
+    ],
+)  # fmt: skip
+def test_int8_fast_is_for_hopper_and_int8_elsewhere(capability, kernel, reason, fell_back):
+    decision = decide(gpu(capability) if capability else CPU, "int8-fast")
+    assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, reason, fell_back)
+    assert decide(CPU, "int8-fast", emulate=True).kernel == "int8-fast-emulated"
 
 
 def test_auto_never_emulates_what_is_not_built():
@@ -305,7 +328,7 @@ def test_the_obstacle_names_the_gpus_a_kernel_was_built_for():
 
 
 def test_unknown_precision_is_refused_with_the_choices():
-    with pytest.raises(InputError, match=r"Unknown precision 'fp8'.*auto, fp4, int8, exact"):
+    with pytest.raises(InputError, match=r"Unknown precision 'fp8'.*auto, fp4, int8, int8-fast, exact"):
         decide(CPU, "fp8")
 
 

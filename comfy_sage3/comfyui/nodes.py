@@ -60,7 +60,8 @@ class Sage3Attention(io.ComfyNode):
                     options=[p.value for p in Precision],
                     default=Precision.AUTO.value,
                     tooltip="auto: the fastest on this device. fp4: SageAttention3 (Blackwell). "
-                    "int8: 8-bit (NVIDIA GPUs from Turing on). exact: leave the model as it is.",
+                    "int8: 8-bit (NVIDIA GPUs from Turing on). int8-fast: quicker and coarser on Hopper, elsewhere "
+                    "int8. exact: leave the model as it is.",
                 ),
                 io.Float.Input(
                     "start_percent",

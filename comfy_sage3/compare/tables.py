@@ -12,6 +12,7 @@ BASELINE = "baseline"
 PRECISION_NAMES = {
     "fp4": "4-bit attention",
     "int8": "8-bit attention",
+    "int8-fast": "fast 8-bit attention",
     "exact": "exact attention",
     "auto": "automatic attention",
 }

@@ -29,7 +29,7 @@ class Kernel:
     """
 
     name: str
-    precision: str  # "fp4", "int8" or "exact"
+    precision: str  # "fp4", "int8", "int8-fast" or "exact"
     capabilities: tuple[Capability, ...] = ()
     compiled: str | None = None
     emulated: bool = False
@@ -57,20 +57,24 @@ class Hardware:
 # int8: mma.sync with 8-bit integers, as m8n8k16 from Turing on, as m16n8k32 from Ampere on.
 HARDWARE = {
     "fp4": Hardware("a Blackwell GPU (sm_120 or sm_121)", only=((12, 0), (12, 1))),
+    "int8-fast": Hardware("a Hopper GPU (sm_90; no other is held up by exponentials)", only=((9, 0),)),
     "int8": Hardware("an NVIDIA GPU from Turing on (sm_75 or newer)", lowest=(7, 5)),
 }
 
 EXACT = Kernel("exact", "exact", trainable=True, dtypes=ALL_DTYPES, max_head_dim=2**31)
 
-# A short call is over before its quantisation has paid for itself. To be confirmed by benchmark.
+# A short call is over before its quantisation has paid for itself. On Hopper PyTorch's own attention is cuDNN's, which
+# int8 catches up with at 4096 keys (measured on an H100); elsewhere it is FlashAttention-2, which is slower.
 INT8_AUTO_FROM_KEYS = 1024
+INT8_AUTO_FROM_KEYS_ON_HOPPER = 4096
 
 # Both products, Q K^T and P V, are 8-bit integer products on tensor cores: of the 8-bit types the one that every GPU
 # from Turing on has. Two kernels, because Hopper reaches its full rate through wgmma only, which no other GPU knows;
 # mma.sync serves all of them (Hopper too, should the first row not do), each through the code of its own architecture.
 # Blackwell Ultra (sm_103) has a fifteenth of its 16-bit rate left for 8-bit integers: there it runs when asked for.
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("int8-sm90", "int8", capabilities=((9, 0),), compiled="sm90", auto_from_keys=INT8_AUTO_FROM_KEYS),
+    Kernel("int8-sm90", "int8", capabilities=((9, 0),), compiled="sm90", auto_from_keys=INT8_AUTO_FROM_KEYS_ON_HOPPER),
+    Kernel("int8-fast-sm90", "int8-fast", capabilities=((9, 0),), compiled="sm90-fast"),
     Kernel(
         "int8-mma",
         "int8",
@@ -81,6 +85,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel("fp4-emulated", "fp4", emulated=True),
     Kernel("int8-emulated", "int8", emulated=True, trainable=True),
+    Kernel("int8-fast-emulated", "int8-fast", emulated=True),
     EXACT,
 )
 

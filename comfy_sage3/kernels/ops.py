@@ -2,7 +2,7 @@
 
 Every op takes HND tensors of any strides and returns fresh ones: contiguous, from a compiled kernel in q's own
 order of memory. ``note`` names the report in which to count the call when it really runs ("" counts nothing).
-fp4 and the compiled kernels have no gradient: their backward raises.
+fp4, int8-fast and the compiled kernels have no gradient: their backward raises.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def _unused_namespace() -> str:
 
 
 NAMESPACE = _unused_namespace()
+_INT8_FAST = reference.Int8Options(pv="int8", exponential="linear")
 
 
 def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, infinite: bool) -> None:
@@ -152,6 +153,26 @@ def int8_attention(
     return out.contiguous(), lse.contiguous()
 
 
+@_op("int8_fast_attention")
+def int8_fast_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """8-bit attention with linear pieces for exponentials, emulated -> (out, lse)."""
+    refuse_bad_numbers(q, k, v, mask, infinite=True)
+    with full_precision(q):
+        out, lse = reference.int8_attention(
+            q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8_FAST
+        )
+    record_note(note)
+    return out.contiguous(), lse.contiguous()
+
+
 @_op("int8_attention_compiled")
 def int8_attention_compiled(
     q: Tensor,
@@ -198,6 +219,7 @@ def int8_attention_backward(
 
 @fp4_attention.register_fake
 @int8_attention.register_fake
+@int8_fast_attention.register_fake
 def _(
     q: Tensor,
     k: Tensor,

@@ -64,7 +64,10 @@ class FakeClock:
     """Every call costs what the table says; what ran is written down."""
 
     def __init__(self, costs):
-        self.costs, self.ran = costs, []
+        self.costs, self.ran, self.rests = costs, [], 0
+
+    def rest(self, warm_up):
+        self.rests += 1
 
     def time(self, batch):
         before = len(self.ran)
@@ -97,6 +100,12 @@ def test_a_long_shape_is_timed_twice_and_once_a_sample():
     found = measure.interleaved({n: [clock.call(n)] for n in clock.costs}, 1.0, clock)
     assert [(t.samples, t.calls) for t in found.values()] == [(2, 1), (2, 1)]
     assert len(clock.ran) == 2 + 4
+
+
+def test_the_device_rests_before_every_sample():
+    clock = FakeClock({"a": 20.0, "b": 20.0})
+    found = measure.interleaved({n: [clock.call(n)] for n in clock.costs}, 0.4, clock)
+    assert clock.rests == sum(t.samples for t in found.values()) > 0
 
 
 def test_every_set_of_inputs_is_used_equally_often():
@@ -360,7 +369,7 @@ def test_an_unknown_shape_is_an_error_before_anything_runs(capsys):
 class CpuClock(FakeClock):
     """Runs the calls and says that each took a millisecond."""
 
-    def __init__(self):
+    def __init__(self, rest_s=0.0):
         super().__init__({})
 
     def time(self, batch):

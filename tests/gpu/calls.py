@@ -10,7 +10,12 @@ from torch import Tensor
 
 DEVICE = "cuda"
 KERNELS = ("sm90", "mma")
-LOWEST = {"sm90": ((9, 0), (9, 0)), "mma": ((7, 5), (99, 0))}  # compute capabilities that a kernel serves, ends included
+FAST = "sm90-fast"  # differs from sm90 in its exponentials only: test_fast.py
+LOWEST = {  # compute capabilities that a kernel serves, ends included
+    "sm90": ((9, 0), (9, 0)),
+    FAST: ((9, 0), (9, 0)),
+    "mma": ((7, 5), (99, 0)),
+}
 
 LENGTHS = (1, 97, 113, 203, 257, 1023, 1025)
 HEAD_DIMS = (1, 40, 64, 72, 80, 96, 112, 128, 160, 256)

@@ -54,6 +54,11 @@ def test_guards_and_operands():
     assert (plain.guard, plain.target, plain.always) == ("", 0x30, False)
 
 
+def test_a_mask_of_lanes_is_no_address():
+    plain, collective = code("WARPSYNC 0xffffffff", "WARPSYNC.COLLECTIVE R2, 0x0")
+    assert (plain.target, collective.target) == (None, 0)
+
+
 def test_the_way_back_from_a_slow_path_is_no_loop():
     # 00 the loop's head tries a barrier; failing, it waits at 50 (a loop without MMA) and comes back to 20.
     # Counting backward jumps, 20 to 60 would be a loop with the tensor-core instruction in it.

@@ -46,7 +46,8 @@ def test_scores_follow_from_the_head_dim_in_the_name_else_from_the_exponentials(
 def test_faults():
     assert kernel(loop(*WORK)).fault is None
     assert kernel(loop(*WORK), stack=64).fault is None  # a stack that the loops do not touch costs nothing
-    assert kernel(loop(*WORK), spills=8).fault == "spills 8 bytes"
+    assert kernel(loop(*WORK), spills=8).fault is None  # outside the loops: once per block, or a producer that waits
+    assert kernel(spills=8).fault == "spills 8 bytes"  # without a loop of products there is no outside
     assert kernel(loop(*WORK, "LDL")).fault == "1 accesses to local memory in its main loops"
 
 
@@ -63,10 +64,18 @@ def arguments(*text):
 
 def test_the_exit_status_is_1_for_spills_unless_they_are_allowed(monkeypatch, capsys, tmp_path):
     (tmp_path / "x.cu").write_text("")
-    monkeypatch.setattr(sass, "examine", lambda *args, **kwargs: [kernel(loop(*WORK), spills=8)])
+    monkeypatch.setattr(sass, "examine", lambda *args, **kwargs: [kernel(loop(*WORK, "STL"), spills=8)])
     assert sass.run(arguments("--csrc", str(tmp_path))) == 1
-    assert "FAILED loop<128, true> on sm_90a (attention/x.cu): spills 8 bytes" in capsys.readouterr().out
+    said = "FAILED loop<128, true> on sm_90a (attention/x.cu): 1 accesses to local memory in its main loops"
+    assert said in capsys.readouterr().out
     assert sass.run(arguments("--csrc", str(tmp_path), "--allow-spills")) == 0
+
+
+def test_spills_outside_the_main_loops_are_said(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.cu").write_text("")
+    monkeypatch.setattr(sass, "examine", lambda *args, **kwargs: [kernel(loop(*WORK)), kernel(loop(*WORK), spills=8)])
+    assert sass.run(arguments("--csrc", str(tmp_path))) == 0
+    assert "2 kernels compiled; none spills in its main loop; 1 do outside it." in capsys.readouterr().out
 
 
 def test_files_and_architectures_become_pairs(monkeypatch, tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comfy_sage3.errors import InputError
 from comfy_sage3.reference import (
     Fp4Options,
     Int8Options,
@@ -14,6 +15,7 @@ from comfy_sage3.reference import (
     int8_attention,
     int8_attention_backward,
 )
+from comfy_sage3.reference.forward import LINEAR_BIAS, linear_exp2
 
 LENGTHS = [1, 15, 16, 17, 97, 127, 128, 129, 257]
 KERNELS = {
@@ -90,6 +92,8 @@ def test_error_bands_on_normal_inputs():
     assert cosine(fp4_attention(q, k, v)[0], exact) > 0.975
     assert cosine(int8_attention(q, k, v)[0], exact) > 0.999
     assert cosine(int8_attention(q, k, v, options=Int8Options(pv="int8"))[0], exact) > 0.9995
+    fast = Int8Options(pv="int8", exponential="linear")
+    assert cosine(int8_attention(q, k, v, options=fast)[0], exact) > 0.9990
 
 
 def gradients(q, k, v, dout, **options):
@@ -126,3 +130,22 @@ def test_high_precision_dov_is_what_keeps_dq_accurate():
         out, lse = int8_attention(q, k, v, options=options)
         found[kind] = cosine(int8_attention_backward(dout, q, k, v, out, lse, options=options)[0], exact)
     assert found["high"] > found["int8"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-126.0, 126.0, width=32))
+def test_the_linear_exponential_is_within_six_percent_and_the_bits_of_a_float(x):
+    value = linear_exp2(torch.tensor(x, dtype=torch.float64))
+    assert 1.0 <= float(value / torch.tensor(x, dtype=torch.float64).exp2()) < 1.0615
+    bits = torch.tensor(round((x + 127) * 2**23), dtype=torch.int32)
+    assert float(bits.view(torch.float32)) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_the_linear_exponential_is_right_in_the_mean():
+    x = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
+    assert float((linear_exp2(x) / x.exp2()).mean().log2()) == pytest.approx(LINEAR_BIAS, abs=1e-3)
+
+
+def test_linear_exponentials_need_integer_codes():
+    with pytest.raises(InputError, match='needs pv "int8"'):
+        Int8Options(exponential="linear")

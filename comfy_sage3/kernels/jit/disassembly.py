@@ -38,8 +38,8 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where a jump goes, None for anything else."""
-        if self.base not in ("BRA", "JMP", "WARPSYNC"):
-            return None
+        if self.base not in ("BRA", "JMP") and not self.opcode.startswith("WARPSYNC.COLLECTIVE"):
+            return None  # a plain WARPSYNC has a mask of lanes in that place
         match = re.search(r"(?:^|\s)0x([0-9a-f]+)$", self.operands)
         return int(match[1], 16) if match else None
 
