@@ -1,6 +1,7 @@
 """The door: what it computes, what it refuses, what it writes down, and what it leaves alone."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from hypothesis import strategies as st
 
 from comfy_sage3 import Precision, Report, attention, reference
 from comfy_sage3.errors import InputError
+from comfy_sage3.reference import Int8Options
 from comfy_sage3.report import process_report
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-EMULATED = {"fp4": reference.fp4_attention, "int8": reference.int8_attention}
+EMULATED = {
+    "fp4": reference.fp4_attention,
+    "int8": partial(reference.int8_attention, options=Int8Options(pv="int8")),
+    "int8-fast": partial(reference.int8_attention, options=Int8Options(pv="int8", exponential="linear")),
+}
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -99,7 +105,7 @@ def test_exact_is_attention_as_defined(situation, layout, return_lse):
 
 
 @settings(max_examples=60, deadline=None)
-@given(situations(), st.sampled_from(["HND", "NHD"]), st.sampled_from(["fp4", "int8"]))
+@given(situations(), st.sampled_from(["HND", "NHD"]), st.sampled_from(list(EMULATED)))
 def test_emulation_hands_the_reference_what_was_meant(situation, layout, precision):
     tensors, mask, is_causal, scale = situation
     given = [t.transpose(1, 2) for t in tensors] if layout == "NHD" else tensors
@@ -117,7 +123,7 @@ def test_emulation_hands_the_reference_what_was_meant(situation, layout, precisi
 
 
 @settings(max_examples=40, deadline=None)
-@given(situations(), st.sampled_from(["auto", "fp4", "int8", "exact"]), st.booleans())
+@given(situations(), st.sampled_from(["auto", *EMULATED, "exact"]), st.booleans())
 def test_inputs_stay_as_they_were_and_the_output_is_fresh(situation, precision, return_lse):
     tensors, mask, is_causal, scale = situation
     held = [*tensors, *([] if mask is None else [mask])]

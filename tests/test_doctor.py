@@ -20,15 +20,16 @@ def found():
 def test_every_device_and_precision_has_a_decision_with_a_reason(found):
     assert found["devices"][0]["device"] == "cpu"
     seen = {(x["device"], x["precision"]) for x in found["decisions"]}
-    assert seen == {(d["device"], p) for d in found["devices"] for p in ("auto", "fp4", "int8", "exact")}
+    assert seen == {(d["device"], p) for d in found["devices"] for p in ("auto", "fp4", "int8", "int8-fast", "exact")}
     assert all(x["reason"] and x["kernel"] for x in found["decisions"])
 
 
 def test_the_self_test_runs_every_kernel_and_they_are_ordered_by_precision(found):
     cosine = {x["kernel"]: x["cosine"] for x in found["self_test"] if x["device"] == "cpu"}
-    assert list(cosine) == ["fp4-emulated", "int8-emulated", "exact"]
+    assert list(cosine) == ["fp4-emulated", "int8-emulated", "int8-fast-emulated", "exact"]
     assert all(x["ok"] and x["error"] is None for x in found["self_test"])
-    assert 0.97 < cosine["fp4-emulated"] < 0.999 < cosine["int8-emulated"] < cosine["exact"]
+    fp4, int8, fast, exact = cosine.values()
+    assert 0.97 < fp4 < 0.999 < fast < int8 < exact
 
 
 def test_versions_and_packages_are_listed_with_their_use(found):

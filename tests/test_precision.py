@@ -8,7 +8,7 @@ from comfy_sage3.errors import InputError
 from comfy_sage3.precision import Precision, PrecisionPlan
 
 
-@pytest.mark.parametrize("name", ["auto", "fp4", "int8", "exact"])
+@pytest.mark.parametrize("name", ["auto", "fp4", "int8", "int8-fast", "exact"])
 def test_every_name_and_member_parses(name):
     assert Precision.parse(name).value == name
     assert Precision.parse(Precision(name)) is Precision(name)
@@ -16,7 +16,7 @@ def test_every_name_and_member_parses(name):
 
 @pytest.mark.parametrize("name", ["", "FP4", "fp8", None, 4])
 def test_anything_else_is_refused_with_the_choices(name):
-    with pytest.raises(InputError, match="choose one of auto, fp4, int8, exact"):
+    with pytest.raises(InputError, match="choose one of auto, fp4, int8, int8-fast, exact"):
         Precision.parse(name)
 
 

@@ -41,6 +41,8 @@ def _unused_namespace() -> str:
 
 
 NAMESPACE = _unused_namespace()
+# As the compiled kernels compute: P V in integers too.
+_INT8 = reference.Int8Options(pv="int8")
 _INT8_FAST = reference.Int8Options(pv="int8", exponential="linear")
 
 
@@ -148,7 +150,7 @@ def int8_attention(
     """8-bit attention, emulated -> (out, lse)."""
     refuse_bad_numbers(q, k, v, mask, infinite=True)
     with full_precision(q):
-        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 
@@ -166,9 +168,7 @@ def int8_fast_attention(
     """8-bit attention with linear pieces for exponentials, emulated -> (out, lse)."""
     refuse_bad_numbers(q, k, v, mask, infinite=True)
     with full_precision(q):
-        out, lse = reference.int8_attention(
-            q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8_FAST
-        )
+        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8_FAST)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 

@@ -287,7 +287,7 @@ def test_the_page_has_speeds_errors_verdicts_and_the_absent():
     assert "| hd128-8192 | B=1 | 50 (1.00x) | 100 (2.00x) |" in text
     assert "| hd128-8192 | B=1 | 0.0022 | 0.0151 |" in text
     assert "75 %" in text
-    assert "| hd128-8192 sm90: speed / cudnn | >= 1.4 | >= 1.75 | 2.00 | aim reached |" in text
+    assert "| hd128-8192 sm90: relative L1, normal inputs | <= 0.02 | <= 0.016 | 0.0151 | aim reached |" in text
     assert "COMFY-KITCHEN: comfy-kitchen is not installed" in text
     assert "MMA at hd64-8192: it | failed" in text
     assert "Commit 0123456789ab, with changes." in text
