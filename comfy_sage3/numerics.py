@@ -167,6 +167,16 @@ def q_mean(inputs: Inputs) -> Table:
     ])  # fmt: skip
 
 
+def scale_choice(inputs: Inputs) -> Table:
+    """Which scale a block of Q, K or V gets; and the mean of V."""
+    return _forward_table("scale", "Block scale", inputs, [
+        ("maximum at 6 (paper)", Fp4Options()),
+        ("maximum at 6 or 4", Fp4Options(block_scale="four_or_six")),
+        ("searched", Fp4Options(block_scale="search")),
+        ("searched, mean taken out of V", Fp4Options(block_scale="search", smooth_v=True)),
+    ])  # fmt: skip
+
+
 def second_level(inputs: Inputs) -> Table:
     """What e4m3 scales alone do to a V of small magnitude."""
     small = [(q, k, v * 1e-3) for q, k, v in inputs]
@@ -231,6 +241,7 @@ TABLES: tuple[Callable[[Inputs], Table], ...] = (
     p_scaling,
     smoothing_choices,
     q_mean,
+    scale_choice,
     second_level,
     eight_bit,
     gradients,

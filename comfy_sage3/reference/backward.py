@@ -49,7 +49,7 @@ def int8_attention_backward(
         return dq, dk, dv
     scale = softmax_scale(scale, shape.head_dim)
     q32, k32, v32, do32 = q.float(), k.float(), v.float(), dout.float()
-    lse32, mean_k = lse.float(), smoothing.key_mean(k32)
+    lse32, mean_k = lse.float(), smoothing.token_mean(k32)
     if options.smooth_k:  # the forward pass reported the LSE of the unsmoothed scores
         k32 = k32 - mean_k
         lse32 = lse32 - mean_scores(q32, mean_k, scale, shape)

@@ -10,6 +10,7 @@ PTX ISA, ``cvt.rn.satfinite``, for rounding and saturation; arXiv 2505.11594 sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,15 +168,23 @@ def second_level_scale(x: Tensor) -> Tensor:
     return torch.where(amax == 0, torch.ones_like(amax), amax)
 
 
+ScaleChoice = Literal["six", "four_or_six", "search"]
+"""Which e4m3 scale a block gets: the one that puts its maximum at 6; that or the one that puts it at 4; or the best of
+those whose code is 2 below to 6 above the first. Best: of least squared error."""
+SEARCHED = range(-2, 7)
+
+
 def round_blocks(
-    x: Tensor, dim: int, block_format: BlockFormat = "nvfp4", second_level: Tensor | None = None
-) -> Tensor:
+    x: Tensor, dim: int, block_format: BlockFormat = "nvfp4", second_level: Tensor | None = None,
+    choice: ScaleChoice = "six",
+) -> Tensor:  # fmt: skip
     """``x`` as the values it has after a trip through a block-scaled 4-bit format; a new fp32 tensor.
 
     Args:
         x: any shape; the size of ``dim`` a multiple of the format's block (16 for nvfp4, 32 for mxfp4).
         dim: the dimension the blocks run along.
         second_level: fp32 scale broadcastable to x, or None (nvfp4 only).
+        choice: of the block scale (nvfp4 only; see ``ScaleChoice``).
 
     Raises:
         InputError: the size of ``dim`` is no multiple of the block.
@@ -184,7 +193,30 @@ def round_blocks(
     if second_level is not None:
         second_level = second_level.unsqueeze(dim + 1)
     scale = block_scales(blocks.abs().amax(dim + 1, keepdim=True), block_format, second_level)
-    return (_divide(blocks, scale).mul_(scale)).reshape(x.shape)
+    best = _divide(blocks, scale).mul_(scale)
+    if choice == "six" or block_format != "nvfp4":
+        return best.reshape(x.shape)
+    least = (best - blocks).square_().sum(dim + 1, keepdim=True)
+    for other in _other_scales(blocks, scale, dim, second_level, choice):
+        tried = _divide(blocks, other).mul_(other)
+        error = (tried - blocks).square_().sum(dim + 1, keepdim=True)
+        better = error < least  # never in a block with NaN
+        best, least = torch.where(better, tried, best), torch.where(better, error, least)
+    return best.reshape(x.shape)
+
+
+def _other_scales(
+    blocks: Tensor, scale: Tensor, dim: int, second_level: Tensor | None, choice: ScaleChoice
+) -> Iterator[Tensor]:
+    """The scales to be tried beside ``scale``, one tensor each."""
+    level: Tensor | float = 1.0 if second_level is None else second_level
+    if choice == "four_or_six":
+        yield round_e4m3(blocks.abs().amax(dim + 1, keepdim=True) / (4.0 * level)) * level
+        return
+    code = encode_e4m3(scale / level).int()
+    for step in SEARCHED:
+        if step:
+            yield decode_e4m3((code + step).clamp(0, 126).to(torch.uint8)) * level
 
 
 def _split(x: Tensor, dim: int, block_format: BlockFormat) -> tuple[Tensor, int]:

@@ -25,6 +25,7 @@ from .formats import (
     UINT8_MAX,
     BlockFormat,
     Granularity,
+    ScaleChoice,
     block_scales,
     pad_to,
     quantize_int8,
@@ -49,6 +50,10 @@ class Fp4Options:
         p_reference: what the first level of two_level_p refers to: the row maximum of P in its own KV tile
             ("tile", the paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a
             kernel).
+        smooth_v: take the mean over tokens out of V and add it to the output, which is exact: a row's weights add up to
+            1 (not in the paper).
+        block_scale: how the e4m3 scale of a block of Q, K or V is chosen, see ``formats.ScaleChoice``; the paper's
+            is "six". P's always is.
         second_level_scale: an fp32 scale per head on top of the block scales of Q, K and V (not in the paper).
         block_format: "nvfp4" (blocks of 16, e4m3 scales) or "mxfp4" (blocks of 32, power-of-two scales).
         rotate: "none", or for comparison "hadamard" or "smoothquant", applied to Q and K after smoothing.
@@ -61,6 +66,8 @@ class Fp4Options:
     per_block_mean: bool = True
     two_level_p: bool = True
     p_reference: Literal["tile", "running"] = "tile"
+    smooth_v: bool = False
+    block_scale: ScaleChoice = "six"
     second_level_scale: bool = False
     block_format: BlockFormat = "nvfp4"
     rotate: Literal["none", "hadamard", "smoothquant"] = "none"
@@ -69,6 +76,7 @@ class Fp4Options:
 
     def __post_init__(self) -> None:
         _one_of("p_reference", self.p_reference, ("tile", "running"))
+        _one_of("block_scale", self.block_scale, ("six", "four_or_six", "search"))
         _one_of("block_format", self.block_format, tuple(BLOCK_SIZE))
         _one_of("rotate", self.rotate, ("none", "hadamard", "smoothquant"))
         _check_tile(self.kv_tile)
@@ -173,7 +181,7 @@ def fp4_attention(
     block = BLOCK_SIZE[options.block_format]
     q32, k32, v32 = q.float(), k.float(), v.float()
 
-    mean_k = smoothing.key_mean(k32) if options.smooth_k else None
+    mean_k = smoothing.token_mean(k32) if options.smooth_k else None
     k_smooth = k32 if mean_k is None else k32 - mean_k
     means_t = None
     q_smooth = q32
@@ -188,16 +196,22 @@ def fp4_attention(
         x = pad_to(x, dim, block)
         if not options.quantize or x.numel() == 0:
             return x
-        return round_blocks(x, dim, options.block_format, second_level_scale(x) if options.second_level_scale else None)
+        second = second_level_scale(x) if options.second_level_scale else None
+        return round_blocks(x, dim, options.block_format, second, options.block_scale)
 
     q_t = by_kv_head((quantize(q_op, -1) * softmax), shape).transpose(-1, -2)
     k_t = pad_to(quantize(k_op, -1), -2, block).transpose(-1, -2)
     smooth_t = pad_to(k_smooth, -2, block).transpose(-1, -2) if means_t is not None else None
+    mean_v = smoothing.token_mean(v32) if options.smooth_v else None
     out, lse = attend(
-        shape, q_t, k_t, quantize(v32, -2), _weigh_fp4(options) if options.quantize else _weigh_exact,
+        shape, q_t, k_t, quantize(v32 if mean_v is None else v32 - mean_v, -2),
+        _weigh_fp4(options) if options.quantize else _weigh_exact,
         block=block, means_t=means_t, k_smooth_t=smooth_t,
-        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
+        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype if mean_v is None else torch.float32,
     )  # fmt: skip
+    if mean_v is not None:
+        attends = (lse > -torch.inf).unsqueeze(-1)
+        out = (out + mean_v.repeat_interleave(shape.groups, 1) * attends).to(q.dtype)
     return out, _restore_lse(lse, q32, mean_k, softmax, shape)
 
 
@@ -214,7 +228,7 @@ def int8_attention(
     shape = Shape.of(q, k, v)
     softmax = softmax_scale(scale, shape.head_dim)
     q32, k32, v32 = q.float(), k.float(), v.float()
-    mean_k = smoothing.key_mean(k32) if options.smooth_k else None
+    mean_k = smoothing.token_mean(k32) if options.smooth_k else None
     k_smooth = k32 if mean_k is None else k32 - mean_k
     weigh: WeightRule = _weigh_exact
     if options.quantize:

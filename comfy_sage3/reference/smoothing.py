@@ -17,11 +17,11 @@ Q_GROUP = 128
 """Rows of Q that share a mean: the query tile of the kernel, so that the correction is one vector a tile."""
 
 
-def key_mean(k: Tensor) -> Tensor:
-    """The mean of K (B, H, Lk, D) over its tokens, (B, H, 1, D); zeros when there are none.
+def token_mean(k: Tensor) -> Tensor:
+    """The mean of K or V (B, H, Lk, D) over its tokens, (B, H, 1, D); zeros when there are none.
 
-    Subtracting it changes every score of a row by the same amount, which softmax ignores; the LSE moves by
-    scale * q . mean, which the caller adds back.
+    Subtracting K's changes every score of a row by the same amount, which softmax ignores; the LSE moves by
+    scale * q . mean, which the caller adds back. Subtracting V's takes it from every output row, whose weights add up to 1.
     """
     return k.sum(-2, keepdim=True) / max(k.shape[-2], 1)
 

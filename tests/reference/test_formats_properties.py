@@ -230,6 +230,40 @@ def test_blocks_run_along_any_dimension(name, size, seed, shape, data):
     assert torch.equal(formats.round_blocks(x, dim, name), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(-20, 12), st.booleans(), st.sampled_from(["four_or_six", "search"])
+)
+def test_a_chosen_scale_never_has_a_larger_squared_error(seed, exponent, with_second, choice):
+    x = torch.randn(3, 4, 5, 32, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    second = formats.second_level_scale(x) if with_second else None
+    of_six, of_choice = (
+        (formats.round_blocks(x, -1, second_level=second, choice=c) - x).unflatten(-1, (-1, 16)).square().sum(-1)
+        for c in ("six", choice)
+    )
+    assert (of_choice <= of_six).all()
+    if -5 <= exponent <= 5:
+        assert of_choice.sum() < of_six.sum()
+
+
+def test_a_searched_scale_is_the_best_of_all_that_are_near():
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    best = torch.full((200,), torch.inf)
+    for code in range(127):
+        scale = formats.decode_e4m3(torch.tensor([code], dtype=torch.uint8))
+        rounded = formats.round_e2m1((x / scale).nan_to_num(0.0, 0.0, 0.0)) * scale
+        best = torch.minimum(best, (rounded - x).square().sum(-1))
+    chosen = (formats.round_blocks(x, -1, choice="search") - x).square().sum(-1)
+    assert (chosen <= best * 1.02).float().mean() > 0.97  # a better one may lie outside of the range
+
+
+def test_a_block_with_nan_stays_nan_whatever_the_choice():
+    x = torch.ones(2, 16)
+    x[1, 3] = torch.nan
+    for choice in ("six", "four_or_six", "search"):
+        assert torch.equal(formats.round_blocks(x, -1, choice=choice).isnan().all(-1), torch.tensor([False, True]))
+
+
 @block
 @given(n=st.integers(1, 100), make=st.sampled_from([formats.quantize_blocks, lambda x, f: formats.round_blocks(x, -1, f)]))
 def test_a_size_that_is_no_whole_number_of_blocks_is_refused_until_it_is_padded(name, size, n, make):
