@@ -27,8 +27,10 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from comfy_sage3.kernels import build
-from tests.gpu.calls import HEAD_DIMS, KERNELS, LOWEST
-from tests.gpu.exact import problems
+from tests.gpu.calls import FAST, HEAD_DIMS, KERNELS, LOWEST
+from tests.gpu.exact import FAST_LSE, FAST_NORMAL, NORMAL, problems
+
+EVERY = (*KERNELS, FAST)
 
 
 class Call(NamedTuple):
@@ -81,7 +83,7 @@ def calls() -> Iterator[Call]:
 def main() -> int:
     """Run the calls, hold each against fp64. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kernel", choices=KERNELS, help="default: every one that this GPU has")
+    parser.add_argument("--kernel", choices=EVERY, help="default: every one that this GPU has")
     parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args()
     outcome = build.load()
@@ -89,7 +91,7 @@ def main() -> int:
         print(f"no kernels: {outcome.reason}", file=sys.stderr)
         return 2
     here = torch.cuda.get_device_capability()
-    kernels = [n for n in KERNELS if LOWEST[n][0] <= here <= LOWEST[n][1] and args.kernel in (None, n)]
+    kernels = [n for n in EVERY if LOWEST[n][0] <= here <= LOWEST[n][1] and args.kernel in (None, n)]
     wrong = 0
     for kernel in kernels:
         for call in calls():
@@ -99,9 +101,12 @@ def main() -> int:
             mask = None if call.mask is None else call.mask.cuda()
             out, lse = outcome.ops.int8_attention(q, k, v, mask, call.causal, call.q.shape[-1] ** -0.5, True, kernel)
             torch.cuda.synchronize()
-            found = problems(out.cpu(), lse.cpu(), *call[1:], normal=call.mask is None, lse_factor=2)
+            bound, lse_factor = (FAST_NORMAL, 2 * FAST_LSE) if kernel == FAST else (NORMAL, 2.0)
+            found = problems(
+                out.cpu(), lse.cpu(), *call[1:], normal=call.mask is None, lse_factor=lse_factor, bound=bound
+            )
             wrong += len(found)
-            print(f"{kernel:<5} {call.name}: {'; '.join(found) or 'right'}", flush=True)
+            print(f"{kernel:<9} {call.name}: {'; '.join(found) or 'right'}", flush=True)
     return 1 if wrong else 0 if kernels else 2
 
 
