@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -120,6 +121,17 @@ def exact_attention_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+def _emulate(
+    run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
+    scale: float | None, note: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    refuse_bad_numbers(q, k, v, mask, infinite=True)
+    with full_precision(q):
+        out, lse = run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    record_note(note)
+    return out.contiguous(), lse.contiguous()
+
+
 @_op("fp4_attention")
 def fp4_attention(
     q: Tensor,
@@ -131,11 +143,7 @@ def fp4_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention (NVFP4, SageAttention3), emulated -> (out, lse)."""
-    refuse_bad_numbers(q, k, v, mask, infinite=True)
-    with full_precision(q):
-        out, lse = reference.fp4_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_FP4)
-    record_note(note)
-    return out.contiguous(), lse.contiguous()
+    return _emulate(partial(reference.fp4_attention, options=_FP4), q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_attention")
@@ -149,11 +157,7 @@ def int8_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """8-bit attention, emulated -> (out, lse)."""
-    refuse_bad_numbers(q, k, v, mask, infinite=True)
-    with full_precision(q):
-        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8)
-    record_note(note)
-    return out.contiguous(), lse.contiguous()
+    return _emulate(partial(reference.int8_attention, options=_INT8), q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_fast_attention")
@@ -167,11 +171,7 @@ def int8_fast_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """8-bit attention with linear pieces for exponentials, emulated -> (out, lse)."""
-    refuse_bad_numbers(q, k, v, mask, infinite=True)
-    with full_precision(q):
-        out, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=_INT8_FAST)
-    record_note(note)
-    return out.contiguous(), lse.contiguous()
+    return _emulate(partial(reference.int8_attention, options=_INT8_FAST), q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_attention_compiled")

@@ -490,13 +490,7 @@ cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t int8_attend_sm90(const Int8Attend& call, cudaStream_t stream) {
-  switch (call.shape.d()) {
-    case 64: return launch<64>(call, stream);
-    case 96: return launch<96>(call, stream);
-    case 128: return launch<128>(call, stream);
-    case 256: return launch<256>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_head_dim(call.shape.d(), [&](auto d) { return launch<decltype(d)::value>(call, stream); });
 }
 
 }  // namespace sage3

@@ -546,13 +546,7 @@ cudaError_t launch(const Int8Quantize& call, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch(const Int8Quantize& call, cudaStream_t stream) {
-  switch (call.shape.d()) {
-    case 64: return launch<T, 64>(call, stream);
-    case 96: return launch<T, 96>(call, stream);
-    case 128: return launch<T, 128>(call, stream);
-    case 256: return launch<T, 256>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_head_dim(call.shape.d(), [&](auto d) { return launch<T, decltype(d)::value>(call, stream); });
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "sage3/int8_format.cuh"
 
 namespace sage3 {
@@ -36,6 +38,18 @@ struct Int8Attend {
   bool fast;              // exponentials within 6 % in place of exact ones; sm90 only
   int multiprocessors;
 };
+
+// `run` with a head dim that kernels have (Shape::d()) as a constant: an instance for each.
+template <class Run>
+cudaError_t with_head_dim(int d, Run run) {
+  switch (d) {
+    case 64: return run(std::integral_constant<int, 64>{});
+    case 96: return run(std::integral_constant<int, 96>{});
+    case 128: return run(std::integral_constant<int, 128>{});
+    case 256: return run(std::integral_constant<int, 256>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
 
 cudaError_t int8_quantize(const Int8Quantize&, cudaStream_t);
 cudaError_t int8_attend_sm90(const Int8Attend&, cudaStream_t);
