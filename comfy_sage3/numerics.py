@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import InputError
 from .metrics import attention_error
 from .reference import (
+    OUR_FP4,
     Fp4Options,
     Int8Options,
     exact_attention,
@@ -177,6 +178,27 @@ def scale_choice(inputs: Inputs) -> Table:
     ])  # fmt: skip
 
 
+def official(inputs: Inputs) -> Table:
+    """The official code's method against ours, on inputs anyone can make: N(0,1), and N(0,1) with channel offsets."""
+    rows: list[Row] = []
+    for name, offset in (("N(0,1)", 0.0), ("with channel offsets", 5.0)):
+        made = [plain_inputs(seed, offset) for seed in range(len(inputs))]
+        rows += _forward_table("", "", made, [
+            (f"{name}: official code", Fp4Options(official_p=True)),
+            (f"{name}: paper, P divided by and summed as it is stored", Fp4Options()),
+            (f"{name}: ours", OUR_FP4),
+        ]).rows  # fmt: skip
+    return Table("official", "4-bit method", tuple(rows))
+
+
+def plain_inputs(seed: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Q (1, 2, 512, 128), K and V (1, 2, 2048, 128): N(0,1), plus ``offset`` times N(0,1) per head and channel."""
+    generator = torch.Generator().manual_seed(seed)
+    made = (torch.randn(1, 2, n, 128, generator=generator) for n in (512, 2048, 2048))
+    q, k, v = (x + offset * torch.randn(1, 2, 1, 128, generator=generator) for x in made)
+    return q, k, v
+
+
 def second_level(inputs: Inputs) -> Table:
     """What e4m3 scales alone do to a V of small magnitude."""
     small = [(q, k, v * 1e-3) for q, k, v in inputs]
@@ -242,6 +264,7 @@ TABLES: tuple[Callable[[Inputs], Table], ...] = (
     smoothing_choices,
     q_mean,
     scale_choice,
+    official,
     second_level,
     eight_bit,
     gradients,

@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 
 from comfy_sage3 import Precision, Report, attention, reference
 from comfy_sage3.errors import InputError
-from comfy_sage3.reference import Fp4Options, Int8Options
 from comfy_sage3.report import process_report
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 EMULATED = {
-    "fp4": partial(
-        reference.fp4_attention, options=Fp4Options(block_scale="search", smooth_v=True, second_level_scale=True)
-    ),
-    "int8": partial(reference.int8_attention, options=Int8Options(pv="int8")),
-    "int8-fast": partial(reference.int8_attention, options=Int8Options(pv="int8", exponential="linear")),
+    "fp4": partial(reference.fp4_attention, options=reference.OUR_FP4),
+    "int8": partial(reference.int8_attention, options=reference.OUR_INT8),
+    "int8-fast": partial(reference.int8_attention, options=reference.OUR_INT8_FAST),
 }
 
 

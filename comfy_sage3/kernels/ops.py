@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -42,10 +41,6 @@ def _unused_namespace() -> str:
 
 
 NAMESPACE = _unused_namespace()
-# As the compiled kernels compute, or will: 8 bits with P V in integers too; 4 bits with what costs a kernel little.
-_FP4 = reference.Fp4Options(block_scale="search", smooth_v=True, second_level_scale=True)
-_INT8 = reference.Int8Options(pv="int8")
-_INT8_FAST = reference.Int8Options(pv="int8", exponential="linear")
 
 
 def refuse_bad_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, infinite: bool) -> None:
@@ -122,12 +117,12 @@ def exact_attention_backward(
 
 
 def _emulate(
-    run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
-    scale: float | None, note: str,
+    run: Callable[..., tuple[Tensor, Tensor]], options: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    is_causal: bool, scale: float | None, note: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     refuse_bad_numbers(q, k, v, mask, infinite=True)
     with full_precision(q):
-        out, lse = run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+        out, lse = run(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=options)
     record_note(note)
     return out.contiguous(), lse.contiguous()
 
@@ -143,7 +138,7 @@ def fp4_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention (NVFP4, SageAttention3), emulated -> (out, lse)."""
-    return _emulate(partial(reference.fp4_attention, options=_FP4), q, k, v, mask, is_causal, scale, note)
+    return _emulate(reference.fp4_attention, reference.OUR_FP4, q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_attention")
@@ -157,7 +152,7 @@ def int8_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """8-bit attention, emulated -> (out, lse)."""
-    return _emulate(partial(reference.int8_attention, options=_INT8), q, k, v, mask, is_causal, scale, note)
+    return _emulate(reference.int8_attention, reference.OUR_INT8, q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_fast_attention")
@@ -171,7 +166,7 @@ def int8_fast_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """8-bit attention with linear pieces for exponentials, emulated -> (out, lse)."""
-    return _emulate(partial(reference.int8_attention, options=_INT8_FAST), q, k, v, mask, is_causal, scale, note)
+    return _emulate(reference.int8_attention, reference.OUR_INT8_FAST, q, k, v, mask, is_causal, scale, note)
 
 
 @_op("int8_attention_compiled")

@@ -50,6 +50,8 @@ class Fp4Options:
         p_reference: what the first level of two_level_p refers to: the row maximum of P in its own KV tile
             ("tile", the paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a
             kernel).
+        official_p: P as the official code has it: divided by its block's scale before that was rounded, and its row's sum
+            taken before the weights were.
         smooth_v: take the mean over tokens out of V and add it to the output, which is exact: a row's weights add up to
             1 (not in the paper).
         block_scale: how the e4m3 scale of a block of Q, K or V is chosen, see ``formats.ScaleChoice``; the paper's
@@ -66,6 +68,7 @@ class Fp4Options:
     per_block_mean: bool = True
     two_level_p: bool = True
     p_reference: Literal["tile", "running"] = "tile"
+    official_p: bool = False
     smooth_v: bool = False
     block_scale: ScaleChoice = "six"
     second_level_scale: bool = False
@@ -129,6 +132,12 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _check_tile(kv_tile: int) -> None:
     if kv_tile < 32 or kv_tile % 32 or 1024 % kv_tile:
         raise InputError(f"kv_tile is {kv_tile}: use 32, 64, 128, 256, 512 or 1024.")
+
+
+# What runs as "fp4", "int8" and "int8-fast": as the compiled kernels compute, or will.
+OUR_FP4 = Fp4Options(block_scale="search", smooth_v=True, second_level_scale=True)
+OUR_INT8 = Int8Options(pv="int8")
+OUR_INT8_FAST = Int8Options(pv="int8", exponential="linear")
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
@@ -275,10 +284,10 @@ def mean_scores(q: Tensor, mean_k: Tensor, scale: float, shape: Shape) -> Tensor
 
 
 # ------------------------------------------------------------------------------------ from scores to weights
-def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
     new = torch.maximum(maximum, block_max.amax(1, keepdim=True))
     scores.sub_(finite(new)).exp_()
-    return new
+    return new, None
 
 
 def _weigh_fp4(options: Fp4Options) -> WeightRule:
@@ -286,29 +295,33 @@ def _weigh_fp4(options: Fp4Options) -> WeightRule:
     reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
     own_tile = options.two_level_p and options.p_reference == "tile"
 
-    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
         """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach."""
         reference, factor, new = references(block_max, maximum, options.kv_tile // block, own_tile)
-        scale = block_scales(torch.exp(block_max - reference).mul_(reach), options.block_format).div_(reach)
-        divisor = scale.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
+        largest = torch.exp(block_max - reference).mul_(reach)
+        scale = block_scales(largest, options.block_format).div_(reach)
+        divisor = largest.div_(E2M1_MAX * reach) if options.official_p else scale
+        divisor = divisor.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
         blocks = scores.unflatten(1, (-1, block))
-        blocks.sub_(reference.unsqueeze(2)).exp_().div_(divisor.unsqueeze(2)).clamp_(max=E2M1_MAX)
+        blocks.sub_(reference.unsqueeze(2)).exp_()
+        growth = (blocks * factor.unsqueeze(2)).sum((1, 2)).unsqueeze(1) if options.official_p else None
+        blocks.div_(divisor.unsqueeze(2)).clamp_(max=E2M1_MAX)
         round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=1, min_exponent=0)
         blocks.mul_(factor.mul_(scale).unsqueeze(2))
-        return new
+        return new, growth
 
     return weigh
 
 
 def _weigh_fp8(options: Int8Options) -> WeightRule:
-    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
         """P = e4m3(448 exp(S - running maximum)) / 448."""
         reference, factor, new = references(block_max, maximum, options.kv_tile // _BLOCK_8, own_tile=False)
         blocks = scores.unflatten(1, (-1, _BLOCK_8))
         blocks.sub_((reference - math.log(E4M3_MAX)).unsqueeze(2)).exp_().clamp_(max=E4M3_MAX)
         round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=3, min_exponent=-6)
         blocks.mul_((factor / E4M3_MAX).unsqueeze(2))
-        return new
+        return new, None
 
     return weigh
 
@@ -324,7 +337,7 @@ def linear_exp2(x: Tensor) -> Tensor:
 
 
 def _weigh_uint8(options: Int8Options) -> WeightRule:
-    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> Tensor:
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
         """P = round(255 exp(S - row maximum of the tile)) / 255, times exp(row maximum of the tile - maximum)."""
         reference, factor, new = references(block_max, maximum, options.kv_tile // _BLOCK_8, own_tile=True)
         blocks = scores.unflatten(1, (-1, _BLOCK_8))
@@ -335,6 +348,6 @@ def _weigh_uint8(options: Int8Options) -> WeightRule:
             blocks.sub_((reference - math.log(UINT8_MAX)).unsqueeze(2)).exp_()
         blocks.round_().clamp_(max=UINT8_MAX)
         blocks.mul_((factor / UINT8_MAX).unsqueeze(2))
-        return new
+        return new, None
 
     return weigh

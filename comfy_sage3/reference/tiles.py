@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
-WeightRule = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(scores, block_max, maximum) -> new maximum.
+WeightRule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(scores, block_max, maximum) -> (new maximum, what the rows' sums grow by; None: by the weights).
 
 scores (n, c, R) holds S^T and is overwritten with the (quantised) P^T relative to the new maximum;
 block_max (n, c / block, R) is the largest score of each block of keys; maximum and its successor are (n, 1, R).
@@ -248,9 +248,9 @@ def attend(
                 piece = None if mask is None else mask[bs, hs, :, r0:r1, c0:limit]
                 hide_(grid, piece, rows=(r0, r1), keys=(c0, c1), limit=limit, causal=is_causal)
                 block_max = scores.view(n, (c1 - c0) // block, block, width).amax(2) if block > 1 else scores
-                new = weigh(scores, block_max, maximum)
+                new, growth = weigh(scores, block_max, maximum)
                 rescale = torch.exp(maximum - finite(new))
-                total.mul_(rescale).add_(scores.sum(1, keepdim=True))
+                total.mul_(rescale).add_(scores.sum(1, keepdim=True) if growth is None else growth)
                 acc.mul_(rescale).baddbmm_(values[:, c0:c1].transpose(1, 2), scores)
                 maximum = new
             acc.div_(total.masked_fill(total == 0, 1.0))

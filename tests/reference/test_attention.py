@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfy_sage3.errors import InputError
+from comfy_sage3.numerics import plain_inputs
 from comfy_sage3.reference import (
+    OUR_FP4,
+    OUR_INT8_FAST,
     Fp4Options,
     Int8Options,
     exact_attention,
@@ -92,8 +95,7 @@ def test_error_bands_on_normal_inputs():
     assert cosine(fp4_attention(q, k, v)[0], exact) > 0.975
     assert cosine(int8_attention(q, k, v)[0], exact) > 0.999
     assert cosine(int8_attention(q, k, v, options=Int8Options(pv="int8"))[0], exact) > 0.9995
-    fast = Int8Options(pv="int8", exponential="linear")
-    assert cosine(int8_attention(q, k, v, options=fast)[0], exact) > 0.9990
+    assert cosine(int8_attention(q, k, v, options=OUR_INT8_FAST)[0], exact) > 0.9990
 
 
 def gradients(q, k, v, dout, **options):
@@ -182,6 +184,26 @@ def test_four_bits_on_normal_inputs_reach_what_a_search_of_scales_can():
         out, _ = fp4_attention(q, k, v, options=options)
         return float((out - exact).norm() / exact.norm()), cosine(out, exact)
 
-    six, searched = error(Fp4Options()), error(Fp4Options(block_scale="search", smooth_v=True, second_level_scale=True))
+    six, searched = error(Fp4Options()), error(OUR_FP4)
     assert searched[0] <= 0.175 < 0.185 < six[0]
     assert searched[1] >= 0.984
+
+
+def test_the_official_sum_is_that_of_the_weights_before_rounding():
+    """With a V of sixes (which 4 bits hold) the output is 6 sum P^ / sum P, off by what rounding did to the row; ours is 6."""
+    q, k, _ = inputs(64, 256)
+    sixes = torch.full((1, 2, 256, 32), 6.0)
+    official, _ = fp4_attention(q, k, sixes, options=Fp4Options(official_p=True))
+    ours, _ = fp4_attention(q, k, sixes)
+    assert (ours - 6).abs().max() < 1e-4
+    assert 0.01 < (official - 6).abs().mean() < 0.3
+
+
+def test_with_offsets_our_four_bits_err_half_as_much_as_the_official_code():
+    q, k, v = plain_inputs(0, 5.0)
+    exact, _ = exact_attention(q, k, v)
+    official, ours = (
+        float((fp4_attention(q, k, v, options=o)[0] - exact).norm() / exact.norm())
+        for o in (Fp4Options(official_p=True), OUR_FP4)
+    )
+    assert ours < 0.5 * official
