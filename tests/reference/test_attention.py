@@ -190,7 +190,7 @@ def test_four_bits_on_normal_inputs_reach_what_a_search_of_scales_can():
 
 
 def test_the_official_sum_is_that_of_the_weights_before_rounding():
-    """With a V of sixes, which 4 bits hold, the output is 6 sum P^ / sum P: off by what rounding did to the row; ours is 6."""
+    """With a V of sixes, which 4 bits hold, the output is 6 sum P^ / sum P, off by the rounding of P; ours is 6."""
     q, k, _ = inputs(64, 256)
     sixes = torch.full((1, 2, 256, 32), 6.0)
     official, _ = fp4_attention(q, k, sixes, options=Fp4Options(official_p=True))
