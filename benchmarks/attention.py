@@ -35,7 +35,7 @@ from benchmarks import bars, machine, measure, page, peers, shapes
 from benchmarks.measure import KIND_TEXT, CudaClock, Timing
 from benchmarks.peers import Peer
 from benchmarks.shapes import Shape
-from comfy_sage3.errors import Sage3Error
+from comfy_sage3.errors import InputError, Sage3Error
 
 SECONDS = 2.5  # timed per shape
 QUICK_SECONDS = 1.5
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         wanted = shapes.chosen(args.shapes or (shapes.QUICK if args.quick else [s.group for s in shapes.SHAPES]))
         measured = peers.chosen(args.peers, args.backward)
+        if not 0 <= args.rest <= 60:
+            raise InputError(f"--rest is {args.rest}: give 0 to 60 seconds.")
         if not torch.cuda.is_available():
             print("benchmarks/attention.py needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
             return 2

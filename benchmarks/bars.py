@@ -47,6 +47,13 @@ class Bar:
 
 
 BARS: tuple[Bar, ...] = (
+    Bar("hd128-8192", "sm90-kernel", "speed", 1.6, 2.0, "cudnn"),
+    Bar("hd128-8192", "sm90", "speed", 1.4, 1.75, "cudnn"),
+    Bar("hd128-2048", "sm90", "speed", 0.9, 1.3, "cudnn"),
+    Bar("hd128-32768", "sm90", "speed", 1.5, 1.9, "cudnn"),
+    Bar("hd128-8192-causal", "sm90-kernel", "speed", 1.5, 1.8, "cudnn"),
+    Bar("hd64-8192", "sm90-kernel", "speed", 1.4, 1.9, "cudnn"),
+    Bar("hd64-8192", "sm90", "speed", 1.2, 1.6, "cudnn"),
     Bar("hd128-8192", "sm90-fast-kernel", "speed", 1.6, 2.0, "cudnn"),
     Bar("hd128-8192", "sm90-fast", "speed", 1.4, 1.75, "cudnn"),
     Bar("hd128-2048", "sm90-fast", "speed", 0.9, 1.3, "cudnn"),

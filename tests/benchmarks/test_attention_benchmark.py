@@ -287,6 +287,7 @@ def test_the_page_has_speeds_errors_verdicts_and_the_absent():
     assert "| hd128-8192 | B=1 | 50 (1.00x) | 100 (2.00x) |" in text
     assert "| hd128-8192 | B=1 | 0.0022 | 0.0151 |" in text
     assert "75 %" in text
+    assert "| hd128-8192 sm90: speed / cudnn | >= 1.4 | >= 1.75 | 2.00 | aim reached |" in text
     assert "| hd128-8192 sm90: relative L1, normal inputs | <= 0.02 | <= 0.016 | 0.0151 | aim reached |" in text
     assert "COMFY-KITCHEN: comfy-kitchen is not installed" in text
     assert "MMA at hd64-8192: it | failed" in text
@@ -364,6 +365,12 @@ def test_without_a_gpu_it_says_so_in_one_sentence():
 def test_an_unknown_shape_is_an_error_before_anything_runs(capsys):
     assert attention.main(["--shapes", "nonsense"]) == 1
     assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rest", ["-1", "61", "nan"])
+def test_a_rest_that_is_none_is_an_error_before_anything_runs(rest, capsys):
+    assert attention.main(["--rest", rest]) == 1
+    assert "give 0 to 60 seconds" in capsys.readouterr().err
 
 
 class CpuClock(FakeClock):

@@ -19,11 +19,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SAGE3_HD __host__ __device__ __forceinline__
-#else
-#define SAGE3_HD inline
-#endif
+#include "sage3/host_device.h"
 
 namespace sage3::int8 {
 

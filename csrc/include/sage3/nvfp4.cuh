@@ -19,11 +19,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define SAGE3_FP4_HD __host__ __device__ __forceinline__
-#else
-#define SAGE3_FP4_HD inline
-#endif
+#include "sage3/host_device.h"
 
 // The instructions are those of one architecture ("a") or family ("f"), not of a number and all above it.
 #if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL) || \
@@ -35,14 +31,10 @@
 
 namespace sage3::nvfp4 {
 
-constexpr int kBlock = 16;             // values that share a scale
-constexpr float kTopValue = 6.0f;      // of e2m1
-constexpr float kTopScale = 448.0f;    // of e4m3
-
 // ------------------------------------------------------------------------------------------------ emulation
 
 // The e2m1 code of x, 0..15: nearest, ties to even, at most 6; NaN is +6, as cvt.rn.satfinite has it.
-SAGE3_FP4_HD uint32_t encode_e2m1(float x) {
+SAGE3_HD uint32_t encode_e2m1(float x) {
   if (x != x) return 7;
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -52,14 +44,14 @@ SAGE3_FP4_HD uint32_t encode_e2m1(float x) {
 }
 
 // The value of an e4m3 code whose sign bit is ignored (ue4m3). 0x7F is NaN.
-SAGE3_FP4_HD float decode_ue4m3(uint32_t code) {
+SAGE3_HD float decode_ue4m3(uint32_t code) {
   const uint32_t exponent = code >> 3 & 15, mantissa = code & 7;
   if (exponent == 15 && mantissa == 7) return NAN;
   return ldexpf(static_cast<float>(exponent != 0 ? 8 + mantissa : mantissa), (exponent != 0 ? static_cast<int>(exponent) : 1) - 10);
 }
 
 // Bytes picked from the eight of (high, low) by the four lowest hexadecimal digits of `which`, each 0..7. PRMT
-SAGE3_FP4_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
+SAGE3_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
 #ifdef __CUDA_ARCH__
   return __byte_perm(low, high, which);
 #else
@@ -71,7 +63,7 @@ SAGE3_FP4_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
 }
 
 // sum + the products of four signed bytes. IDP.4A
-SAGE3_FP4_HD int multiply_bytes(uint32_t a, uint32_t b, int sum) {
+SAGE3_HD int multiply_bytes(uint32_t a, uint32_t b, int sum) {
 #if defined(__CUDA_ARCH__)
   return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
 #else
@@ -81,7 +73,7 @@ SAGE3_FP4_HD int multiply_bytes(uint32_t a, uint32_t b, int sum) {
 }
 
 // Four e2m1 codes -> four signed bytes of twice their values: 0 1 2 3 4 6 8 12, all whole.
-SAGE3_FP4_HD uint32_t doubled(uint32_t codes) {
+SAGE3_HD uint32_t doubled(uint32_t codes) {
   const uint32_t magnitude = codes & 0x7777;
   const uint32_t negative = pick_bytes(0x0000FF00, 0, codes >> 3 & 0x1111);  // FF where the sign is set
   const uint32_t plus = pick_bytes(0x03020100, 0x0C080604, magnitude), minus = pick_bytes(0xFDFEFF00, 0xF4F8FAFC, magnitude);
@@ -89,22 +81,22 @@ SAGE3_FP4_HD uint32_t doubled(uint32_t codes) {
 }
 
 // Four times the product of eight codes with eight others.
-SAGE3_FP4_HD int multiply_codes(uint32_t a, uint32_t b, int sum) {
+SAGE3_HD int multiply_codes(uint32_t a, uint32_t b, int sum) {
   sum = multiply_bytes(doubled(a & 0xFFFF), doubled(b & 0xFFFF), sum);
   return multiply_bytes(doubled(a >> 16), doubled(b >> 16), sum);
 }
 
 // Lanes whose words a lane's results need: `part` (0..3) counts the lanes that share a row of A or a column of B.
-SAGE3_FP4_HD constexpr int lane_of_a(int lane, int part) { return lane / 4 * 4 + part; }
-SAGE3_FP4_HD constexpr int lane_of_b(int lane, int column, int part) { return 4 * (lane % 4 * 2 + column) + part; }
-SAGE3_FP4_HD constexpr int lane_of_scale_a(int lane, int row, int selector) { return lane / 4 * 4 + 2 * selector + row; }
-SAGE3_FP4_HD constexpr int lane_of_scale_b(int lane, int column, int selector) { return 4 * (lane % 4 * 2 + column) + selector; }
+SAGE3_HD constexpr int lane_of_a(int lane, int part) { return lane / 4 * 4 + part; }
+SAGE3_HD constexpr int lane_of_b(int lane, int column, int part) { return 4 * (lane % 4 * 2 + column) + part; }
+SAGE3_HD constexpr int lane_of_scale_a(int lane, int row, int selector) { return lane / 4 * 4 + 2 * selector + row; }
+SAGE3_HD constexpr int lane_of_scale_b(int lane, int column, int selector) { return 4 * (lane % 4 * 2 + column) + selector; }
 
 // D = A B * scales + C of one lane, where get(word, lane) is a word as another lane has it: __shfl_sync on a GPU. Every
 // block of 16 is exact (integers of 12 bits times scales of 8); blocks and C are added in double, and rounded once. In what
 // order and width the instruction adds them NVIDIA does not say.
 template <class Get>
-SAGE3_FP4_HD void mma_emulated(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+SAGE3_HD void mma_emulated(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                                const uint32_t& scale_a, int selector_a, const uint32_t& scale_b, int selector_b, int lane,
                                Get get) {
   int sum[2][2][4] = {};  // [row g, row g + 8][column][block]

@@ -74,15 +74,7 @@ __device__ __forceinline__ void register_budget_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Named barriers, 1 to 15: returns when `threads` have come.
-__device__ __forceinline__ void named_wait(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- wgmma ----
-
-// Orders this thread's ordinary accesses to shared memory with those of wgmma and the copy engine.
-__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Orders register accesses before with wgmma after. WARPGROUP.ARRIVE
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
