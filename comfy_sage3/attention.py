@@ -86,7 +86,8 @@ def attention(
             emulated, or exact attention for few keys). A call that cannot be served falls back fp4 -> int8 -> exact;
             the report says why. int8-fast reads exponentials off the bits of a number, within 6 % each: on Hopper it
             is faster than int8 at 1.6 times its error, elsewhere int8 runs instead. int8 has compiled kernels for
-            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), for inference; they are built on first use, which can take minutes. fp4 has none yet.
+            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), for inference;
+            they are built on first use, which can take minutes. fp4 has none yet.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
