@@ -61,7 +61,7 @@ struct Shared {
   alignas(1024) unsigned char v[Config<D>::kStages][Config<D>::kTileBytes];
   alignas(16) unsigned char q[Config<D>::kConsumers][kQueryTile * D];
   alignas(16) float q_scale[Config<D>::kConsumers][kQueryTile];
-  float reference[Config<D>::kConsumers][kQueryTile];  // RowState's m, which is used once a tile
+  float2 reference[Config<D>::kConsumers][128];  // RowState's m of each thread, which is used once a tile
   // Twice as many as stages: a slot is filled again only after its readers have used, not only read, what it held. With
   // one slot a stage the copy engine could overtake an ordinary load still under way (seen: one tile in thousands with
   // its successor's scale), or a fence between the proxies had to prevent it, twice a tile.
@@ -272,6 +272,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   using C = Config<D>;
   constexpr int kBlocks = (D + C::kBlock - 1) / C::kBlock;
   constexpr bool kQueriesEarly = D != 256;  // a tile ahead: fetched under the sums of the last one
+  constexpr bool kReferenceAside = D != 64;  // in shared memory, for want of registers
   const int8::Shape& shape = p.call.shape;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);  // the same in all lanes, and known to be
@@ -334,8 +335,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
 
     RowState state;
-    float* const reference = &shared.reference[consumer][16 * warp + g];
-    reference[0] = state.m[0], reference[8] = state.m[1];
+    float2& reference = shared.reference[consumer][32 * warp + lane];
+    if constexpr (kReferenceAside) reference = {state.m[0], state.m[1]};
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 
@@ -389,18 +390,22 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
         quantize_p(a8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
       }
-      state.m[0] = reference[0], state.m[1] = reference[8];
+      if constexpr (kReferenceAside) state.m[0] = reference.x, state.m[1] = reference.y;
       update_rows(state, top, sum, weight, rescale);
-      reference[0] = state.m[0], reference[8] = state.m[1];
+      if constexpr (kReferenceAside) reference = {state.m[0], state.m[1]};
 
       n = tiles.from(n + 1);
-      if (n >= end) release(&shared.q_empty[consumer]);
+      if (n >= end) {
+        __syncwarp();  // all lanes have read q_scale
+        release(&shared.q_empty[consumer]);
+      }
       sm90::barrier_wait(&shared.v_full[place.stage], place.parity);
       multiply(Int<0>{});
       if constexpr (kBlocks > 1 && D != 256) multiply(Int<1>{});
       if constexpr (kBlocks > 1) finish(Int<0>{}, Int<D == 256 ? 0 : 1>{});
       if constexpr (D == 256) multiply(Int<1>{});
       finish(Int<kBlocks - 1>{}, Int<0>{});
+      __syncwarp();  // all lanes have read the tile's scales, whose slots the next round but one fills
       release(&shared.v_empty[place.stage]);
       place.advance();
     }
@@ -416,7 +421,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     const Job done(p, job_of_round(opaque(round)));
     const int row0 = (done.block * C::kConsumers + consumer) * kQueryTile + 16 * warp;
     float inverse[2], lse[2];
-    state.m[0] = reference[0], state.m[1] = reference[8];
+    if constexpr (kReferenceAside) state.m[0] = reference.x, state.m[1] = reference.y;
     finish_rows(state, inverse, lse);
     const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(done.kv) * D;
     const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(done.kv) * D;
