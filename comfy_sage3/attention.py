@@ -87,7 +87,8 @@ def attention(
             the report says why. int8-fast reads exponentials off the bits of a number, within 6 % each: on Hopper it
             is faster than int8 at 1.6 times its error, elsewhere int8 runs instead. int8 has compiled kernels for
             NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), for inference;
-            they are built on first use, which can take minutes. fp4 has none yet.
+            they are built on first use, which can take minutes. fp4 has one for Blackwell (sm_120, sm_121), proven by
+            emulation and not yet run on such a GPU.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
@@ -159,5 +160,6 @@ def _run(
     if decision.kernel in COMPILED:
         scale = q.shape[3] ** -0.5 if scale is None else scale
         name = COMPILED[decision.kernel]
-        return ops.int8_attention_compiled(q, k, v, mask, is_causal, scale, return_lse, name, note)
+        run = ops.fp4_attention_compiled if name.startswith("fp4") else ops.int8_attention_compiled
+        return run(q, k, v, mask, is_causal, scale, return_lse, name, note)
     return _EMULATED[decision.kernel](q, k, v, mask, is_causal, scale, note)

@@ -99,12 +99,14 @@ def decide(
     if not chain:
         return Decision(EXACT.name, "asked for", False)
     missing: list[tuple[str, Obstacle]] = []
+    too_short = ""
     for step in chain:
         found = _serve(step, call, emulate and wished != "auto", kernels)
         if isinstance(found, Kernel):
             faster = _exact_is_faster(found, call) if wished == "auto" else None
             if faster is not None:
-                return Decision(EXACT.name, f"auto: exact is faster {faster}", False)
+                too_short = faster
+                continue  # the next precision may pay earlier
             how = EMULATED if found.emulated else f"runs on {_device(call, bare=True)}"
             if found.emulated and call.build_failure is not None:
                 how += f"; there are no compiled kernels: {call.build_failure}"
@@ -113,6 +115,8 @@ def decide(
             choice = "the fastest here" if wished == "auto" else "asked for"
             return Decision(found.name, f"{choice}, {how}", False)
         missing.append((step, found))
+    if too_short:
+        return Decision(EXACT.name, f"auto: exact is faster {too_short}", False)
     reason = _sentence(missing)
     if wished == "auto":  # auto promises nothing, so exact is no fallback, but the reason is worth reading
         return Decision(EXACT.name, f"auto found no low-bit kernel: {reason}", False)

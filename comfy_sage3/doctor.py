@@ -11,11 +11,12 @@ import json
 import math
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, reference
+from . import __version__, reference, verify
 from .attention import attention
 from .dispatch import Call, choose
 from .kernels import describe
@@ -38,13 +39,27 @@ LEAST_COSINE = {"fp4": 0.97, "int8": 0.999, "int8-fast": 0.999, "exact": 0.99999
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--verify", action="store_true", help="check and time the 4-bit kernel, for a report")
+    parser.add_argument("--out", type=Path, default=Path("sage3-verify.json"), help="that file (default: sage3-verify.json)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print. Returns 0, or 1 when a kernel fails its self-test."""
+    if args.verify:
+        return verify_here(args)
     found = examine()
     print(json.dumps(found, indent=2) if args.json else render(found))
     return 0 if all(test["ok"] for test in found["self_test"]) else 1
+
+
+def verify_here(args: argparse.Namespace) -> int:
+    """The 4-bit kernel on the first GPU. Returns 0, or 1 when it is wrong."""
+    found = verify.verify(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    print(json.dumps(found, indent=2) if args.json else "\n".join(verify.lines(found)))
+    verify.save(found, args.out)
+    if not args.json:
+        print(f"wrote {args.out}: attach it to a report")
+    return 0 if found["ok"] else 1
 
 
 def examine() -> dict[str, Any]:

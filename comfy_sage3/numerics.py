@@ -144,6 +144,7 @@ def p_scaling(inputs: Inputs) -> Table:
         ("direct", Fp4Options(two_level_p=False)),
         ("two-level, running maximum", Fp4Options(p_reference="running")),
         ("two-level, tile maximum", Fp4Options()),
+        ("two-level, lazy power of two", Fp4Options(p_reference="lazy")),
     ])  # fmt: skip
 
 
@@ -173,8 +174,10 @@ def scale_choice(inputs: Inputs) -> Table:
     return _forward_table("scale", "Block scale", inputs, [
         ("maximum at 6 (paper)", Fp4Options()),
         ("maximum at 6 or 4", Fp4Options(block_scale="four_or_six")),
-        ("searched", Fp4Options(block_scale="search")),
-        ("searched, mean taken out of V", Fp4Options(block_scale="search", smooth_v=True)),
+        ("best of four", Fp4Options(block_scale="quick")),
+        ("best of nine", Fp4Options(block_scale="search")),
+        ("best of four, mean taken out of V", Fp4Options(block_scale="quick", smooth_v=True)),
+        ("best of nine, mean taken out of V", Fp4Options(block_scale="search", smooth_v=True)),
     ])  # fmt: skip
 
 

@@ -9,10 +9,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
-#include "sage3/launch.h"
+#include "sage3/launch_fp4.h"
 #include "sage3/mask_tiles.cuh"
 
 namespace {
@@ -58,11 +61,45 @@ float* lse_of(const std::optional<Tensor>& lse, const Shape& shape) {
   return lse->data_ptr<float>();
 }
 
-Tensor int8_quantize(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const std::optional<Tensor>& lse) {
-  const Shape shape = shape_of(q, k);
+void check_quantizable(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK(k.sizes() == v.sizes(), "k and v must have one shape: ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "q, k and v must have one dtype");
   TORCH_CHECK(q.is_cuda() && q.device() == k.device() && q.device() == v.device(), "q, k and v must be on one GPU");
+}
+
+void check_out(const Tensor& out, const Tensor& workspace, const Tensor& q) {
+  TORCH_CHECK(out.device() == workspace.device() && out.sizes() == q.sizes() && (out.stride(3) == 1 || out.size(3) == 1),
+              "out must have q's shape, with dense channels");
+}
+
+// out, in q's order of memory if that keeps a token's channels together, and lse, of 0 elements when nobody asks.
+std::tuple<Tensor, Tensor> results_of(const Tensor& q, bool return_lse) {
+  Tensor out = at::empty_like(q);
+  if (out.stride(3) != 1) out = at::empty(q.sizes(), q.options());
+  const std::vector<int64_t> size = return_lse ? std::vector{q.size(0), q.size(1), q.size(2)} : std::vector<int64_t>{0};
+  return {out, at::empty(size, q.options().dtype(at::kFloat))};
+}
+
+// A call's mask, and its tiles classified. Must outlive the launches that use it.
+struct Mask {
+  sage3::Tensor4 view{};
+  Tensor scores, tiles;
+
+  Mask(const std::optional<Tensor>& mask, const Shape& shape, const Tensor& workspace, cudaStream_t stream) {
+    if (!mask.has_value()) return;
+    TORCH_CHECK(mask->device() == workspace.device(), "mask must be on the GPU of q");
+    scores = mask->expand({shape.batch, shape.heads, shape.queries, shape.keys});
+    view = view_of(scores);
+    tiles = at::empty({sage3::MaskTileIndex(shape, view).bytes}, workspace.options());
+    C10_CUDA_CHECK(sage3::classify_mask(shape, view, tiles.data_ptr<unsigned char>(), stream));
+  }
+
+  const unsigned char* tiles_data() const { return view.data == nullptr ? nullptr : tiles.data_ptr<unsigned char>(); }
+};
+
+Tensor int8_quantize(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const std::optional<Tensor>& lse) {
+  const Shape shape = shape_of(q, k);
+  check_quantizable(q, k, v);
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor workspace = at::empty({sage3::int8::Workspace(shape).bytes}, q.options().dtype(at::kByte));
   const sage3::Int8Quantize call{shape, view_of(q), view_of(k), view_of(v), static_cast<float>(scale),
@@ -77,21 +114,12 @@ void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, cons
   TORCH_CHECK(workspace.is_cuda() && workspace.scalar_type() == at::kByte && workspace.is_contiguous() &&
                   workspace.numel() >= sage3::int8::Workspace(shape).bytes,
               "this workspace is not that of int8_quantize for these shapes");
-  TORCH_CHECK(out.device() == workspace.device() && out.sizes() == q.sizes() && (out.stride(3) == 1 || out.size(3) == 1),
-              "out must have q's shape, with dense channels");
+  check_out(out, workspace, q);
   const c10::cuda::CUDAGuard guard(workspace.device());
-  sage3::Int8Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape)};
-  call.causal = is_causal;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
-  Tensor scores, tiles;  // must outlive the launch
-  if (mask.has_value()) {
-    TORCH_CHECK(mask->device() == workspace.device(), "mask must be on the GPU of q");
-    scores = mask->expand({shape.batch, shape.heads, shape.queries, shape.keys});
-    call.mask = view_of(scores);
-    tiles = at::empty({sage3::MaskTileIndex(shape, call.mask).bytes}, workspace.options());
-    call.mask_tiles = tiles.data_ptr<unsigned char>();
-  }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Mask seen(mask, shape, workspace, stream);
+  sage3::Int8Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape), seen.view, seen.tiles_data(), is_causal};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
   cudaError_t error = cudaErrorNotSupported;
 #ifdef SAGE3_HAS_INT8_SM90
   call.fast = kernel == "sm90-fast";
@@ -108,16 +136,98 @@ std::tuple<Tensor, Tensor> int8_attention(const Tensor& q, const Tensor& k, cons
                                           const std::optional<Tensor>& mask, bool is_causal, double scale,
                                           bool return_lse, const std::string& kernel) {
   const c10::cuda::CUDAGuard guard(q.device());
-  Tensor out = at::empty_like(q);
-  if (out.stride(3) != 1) out = at::empty(q.sizes(), q.options());
-  const Tensor lse =
-      at::empty(return_lse ? at::IntArrayRef{q.size(0), q.size(1), q.size(2)} : at::IntArrayRef{0},
-                q.options().dtype(at::kFloat));
+  const auto [out, lse] = results_of(q, return_lse);
   const auto wanted_lse = return_lse ? std::optional<Tensor>(lse) : std::nullopt;
   const Tensor workspace = int8_quantize(q, k, v, scale, wanted_lse);
   int8_attend(workspace, q, k, mask, is_causal, out, wanted_lse, kernel);
   return {out, lse};
 }
+
+#ifdef SAGE3_HAS_NVFP4
+
+Tensor fp4_quantize(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const std::optional<Tensor>& lse) {
+  const Shape shape = shape_of(q, k);
+  check_quantizable(q, k, v);
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Tensor workspace = at::empty({sage3::nvfp4::Workspace(shape).bytes}, q.options().dtype(at::kByte));
+  const sage3::Fp4Quantize call{shape, view_of(q), view_of(k), view_of(v), static_cast<float>(scale),
+                                workspace.data_ptr(), lse_of(lse, shape)};
+  C10_CUDA_CHECK(sage3::fp4_quantize(call, c10::cuda::getCurrentCUDAStream()));
+  return workspace;
+}
+
+// That `workspace` is fp4_quantize's for q and k; its shape.
+Shape check_fp4_workspace(const Tensor& workspace, const Tensor& q, const Tensor& k) {
+  const Shape shape = shape_of(q, k);
+  TORCH_CHECK(workspace.is_cuda() && workspace.device() == k.device() && workspace.scalar_type() == at::kByte &&
+                  workspace.is_contiguous() && workspace.numel() >= sage3::nvfp4::Workspace(shape).bytes,
+              "this workspace is not that of fp4_quantize for these shapes");
+  return shape;
+}
+
+void fp4_correct(Tensor workspace, const Tensor& q, const Tensor& k, bool is_causal, double scale, int64_t first_job,
+                 int64_t jobs) {
+  const Shape shape = check_fp4_workspace(workspace, q, k);
+  const sage3::nvfp4::Workspace at(shape);
+  TORCH_CHECK(first_job >= 0 && jobs > 0 && jobs <= at.chunk && first_job + jobs <= at.jobs, "there are no such jobs");
+  const c10::cuda::CUDAGuard guard(workspace.device());
+  const sage3::Fp4Correct call{shape, view_of(k), static_cast<float>(scale), workspace.data_ptr(), first_job, jobs, is_causal};
+  C10_CUDA_CHECK(sage3::fp4_correct(call, c10::cuda::getCurrentCUDAStream()));
+}
+
+// (products (2, 4, 2, 32, 4) fp32, codes (words, 2) int32): by the instructions and by their emulation, see Fp4Probe.
+std::tuple<Tensor, Tensor> fp4_probe(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& scale_a,
+                                     const Tensor& scale_b, const Tensor& x) {
+  const c10::cuda::CUDAGuard guard(a.device());
+  for (const auto& [tensor, size] : {std::pair{a, 128}, std::pair{b, 64}, std::pair{scale_a, 32}, std::pair{scale_b, 32}}) {
+    TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == at::kInt && tensor.is_contiguous() && tensor.numel() == size,
+                "fp4_probe takes a warp's words");
+  }
+  for (const Tensor& tensor : {c, x}) {
+    TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "fp4_probe takes floats");
+  }
+  TORCH_CHECK(c.numel() == 128 && x.numel() > 0 && x.numel() % 8 == 0, "fp4_probe takes a warp's accumulators and whole words");
+  const int words = static_cast<int>(x.numel() / 8);
+  const Tensor products = at::empty({2, 4, 2, 32, 4}, c.options()), codes = at::empty({words, 2}, a.options());
+  const auto word = [](const Tensor& tensor) { return reinterpret_cast<uint32_t*>(tensor.data_ptr<int>()); };
+  const sage3::Fp4Probe call{word(a), word(b), word(scale_a), word(scale_b), c.data_ptr<float>(), x.data_ptr<float>(), words,
+                             products.data_ptr<float>(), word(codes)};
+  C10_CUDA_CHECK(sage3::fp4_probe(call, c10::cuda::getCurrentCUDAStream()));
+  return {products, codes};
+}
+
+// Corrects and attends, chunk by chunk.
+void fp4_attend(Tensor workspace, const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask, bool is_causal,
+                double scale, Tensor out, const std::optional<Tensor>& lse) {
+  const Shape shape = check_fp4_workspace(workspace, q, k);
+  check_out(out, workspace, q);
+  const c10::cuda::CUDAGuard guard(workspace.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Mask seen(mask, shape, workspace, stream);
+  sage3::Fp4Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape), seen.view, seen.tiles_data(), is_causal,
+                        static_cast<float>(scale)};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
+  const sage3::nvfp4::Workspace at(shape);
+  // Whole rounds of the multiprocessors, where there are several chunks: the last jobs of a launch leave some idle.
+  const int64_t round = call.multiprocessors, chunk = at.chunk < at.jobs && at.chunk > round ? at.chunk / round * round : at.chunk;
+  for (int64_t first = 0; first < at.jobs; first += chunk) {
+    call.first_job = first, call.jobs = std::min(chunk, at.jobs - first);
+    fp4_correct(workspace, q, k, is_causal, scale, call.first_job, call.jobs);
+    C10_CUDA_CHECK(sage3::fp4_attend_sm120(call, stream));
+  }
+}
+
+std::tuple<Tensor, Tensor> fp4_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                         bool is_causal, double scale, bool return_lse) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const auto [out, lse] = results_of(q, return_lse);
+  const auto wanted_lse = return_lse ? std::optional<Tensor>(lse) : std::nullopt;
+  const Tensor workspace = fp4_quantize(q, k, v, scale, wanted_lse);
+  fp4_attend(workspace, q, k, mask, is_causal, scale, out, wanted_lse);
+  return {out, lse};
+}
+
+#endif  // SAGE3_HAS_NVFP4
 
 }  // namespace
 
@@ -134,4 +244,20 @@ SAGE3_LIBRARY(SAGE3_NAMESPACE, m) {
       "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, bool return_lse,"
       " str kernel) -> (Tensor, Tensor)",
       &int8_attention);
+#ifdef SAGE3_HAS_NVFP4
+  m.def(
+      "fp4_probe(Tensor a, Tensor b, Tensor c, Tensor scale_a, Tensor scale_b, Tensor x) -> (Tensor, Tensor)", &fp4_probe);
+  m.def("fp4_quantize(Tensor q, Tensor k, Tensor v, float scale, Tensor? lse) -> Tensor", &fp4_quantize);
+  m.def(
+      "fp4_correct(Tensor(a!) workspace, Tensor q, Tensor k, bool is_causal, float scale, int first_job, int jobs) -> ()",
+      &fp4_correct);
+  m.def(
+      "fp4_attend(Tensor(a!) workspace, Tensor q, Tensor k, Tensor? mask, bool is_causal, float scale, Tensor(b!) out,"
+      " Tensor(c!)? lse) -> ()",
+      &fp4_attend);
+  m.def(
+      "fp4_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, bool return_lse)"
+      " -> (Tensor, Tensor)",
+      &fp4_attention);
+#endif
 }

@@ -60,9 +60,13 @@ def test_every_gpu_from_turing_on_has_an_int8_kernel(capability):
     decision = decide(gpu(capability), "int8")
     assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, f"asked for, runs on {name}", False)
     decision = decide(gpu(capability), "fp4")
-    assert (decision.kernel, decision.fell_back) == (kernel, True)
-    assert decision.reason.startswith("fp4 needs a ")
-    assert decision.reason.endswith(f"; int8 instead, runs on {name}")
+    if capability[0] == 12:
+        kernel = "fp4-sm120"
+        assert (decision.kernel, decision.reason, decision.fell_back) == (kernel, f"asked for, runs on {name}", False)
+    else:
+        assert (decision.kernel, decision.fell_back) == (kernel, True)
+        assert decision.reason.startswith("fp4 needs a Blackwell GPU ")
+        assert decision.reason.endswith(f"; int8 instead, runs on {name}")
     decision = decide(gpu(capability), "auto")
     if capability == (10, 3):
         assert (decision.kernel, decision.reason) == ("exact", "auto: exact is faster on sm_103")
@@ -118,6 +122,15 @@ def test_auto_leaves_short_calls_exact_and_a_wish_is_a_wish(changes, kernel, rea
         assert decide(call, "int8").kernel == "int8-sm90"
 
 
+@pytest.mark.parametrize(("keys", "kernel"), [(2048, "fp4-sm120"), (2047, "int8-mma"), (1024, "int8-mma"), (1023, "exact")])
+def test_auto_takes_four_bits_where_they_pay_and_eight_before(keys, kernel):
+    decision = decide(gpu((12, 0), k_shape=(1, 24, keys, 128)), "auto")
+    assert (decision.kernel, decision.fell_back) == (kernel, False)
+    assert decision.reason == (
+        "auto: exact is faster below 1024 keys" if kernel == "exact" else "the fastest here, runs on sm_120"
+    )
+
+
 def test_auto_wants_fewer_keys_where_exact_attention_is_slower():
     call = gpu((8, 9), k_shape=(1, 24, 1024, 128))
     assert decide(call, "auto").kernel == "int8-mma"
@@ -153,8 +166,7 @@ def test_auto_never_emulates_what_is_not_built():
          "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; "
          f"int8 needs compiled kernels; {NO_NVCC}"),
         ((12, 0), "fp4", False, "exact",
-         "fp4 needs a kernel for sm_120; this version has none; "
-         f"int8 needs compiled kernels; {NO_NVCC}"),
+         f"fp4 and int8 need compiled kernels; {NO_NVCC}"),
         ((9, 0), "int8", True, "int8-emulated",
          "asked for, emulated in plain PyTorch: the quality is real, the speed is not; "
          f"there are no compiled kernels: {NO_NVCC}"),
@@ -215,7 +227,7 @@ def library(*archs):
         (gpu((9, 0), v_head_dim=64), "int8", False),
         (gpu((9, 0), k_shape=(1, 24, 77, 128)), "auto", False),
         (gpu((10, 3)), "auto", False),
-        (gpu((12, 0)), "fp4", True),
+        (gpu((12, 0), dtype=torch.float64), "fp4", True),
     ],
 )
 def test_a_call_that_no_compiled_kernel_would_serve_builds_nothing(machine, call, precision, emulate):
@@ -276,8 +288,9 @@ def test_the_state_of_the_library_is_a_constant_in_a_compiled_graph(machine):
         ),
         (gpu((8, 9)), "fp4", False, "int8-mma",
          "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_89; int8 instead, runs on sm_89"),
-        (gpu((12, 0)), "fp4", False, "int8-mma",
-         "fp4 needs a kernel for sm_120; this version has none; int8 instead, runs on sm_120"),
+        (gpu((12, 0)), "fp4", False, "fp4-sm120", "asked for, runs on sm_120"),
+        (gpu((10, 0)), "fp4", False, "int8-mma",
+         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_100; int8 instead, runs on sm_100"),
         (gpu(None), "int8", False, "exact",
          "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); this GPU is not an NVIDIA one"),
         (replace(CPU, device_type="mps"), "int8", False, "exact",

@@ -9,7 +9,7 @@ import torch
 
 from comfy_sage3 import doctor
 from comfy_sage3.cli import main
-from comfy_sage3.kernels import ops
+from comfy_sage3.kernels import compiled, ops
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_kernel_that_fails_is_shown_and_the_exit_status_is_1(monkeypatch, caps
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
     monkeypatch.setattr(ops.reference, "fp4_attention", broken)
-    assert doctor.run(argparse.Namespace(json=False)) == 1
+    assert doctor.run(argparse.Namespace(json=False, verify=False)) == 1
     out = capsys.readouterr().out
     assert "FAILED fp4 on cpu: RuntimeError: no kernel image is available" in out
     assert "ok     int8-emulated on cpu" in out
@@ -88,6 +88,7 @@ def test_a_kernel_that_is_wrong_is_shown(monkeypatch, spoil, message):
 def test_a_gpu_is_described_by_its_capability(monkeypatch, cuda, capability, name):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
+    monkeypatch.setattr(compiled, "failure", lambda capability: None)
     card = SimpleNamespace(name="Some card", total_memory=32 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     described = doctor._device(torch.device("cuda", 0))

@@ -68,11 +68,18 @@ EXACT = Kernel("exact", "exact", trainable=True, dtypes=ALL_DTYPES, max_head_dim
 INT8_AUTO_FROM_KEYS = 1024
 INT8_AUTO_FROM_KEYS_ON_HOPPER = 4096
 
+# 4 bits pay from where their quantisation, which costs what that of 8 bits does and a correction of 1/128 of the products on
+# top, is less than what the products save. Modelled (docs/performance.md): this kernel has not been run on a Blackwell GPU.
+FP4_AUTO_FROM_KEYS = 2048
+
 # Both products, Q K^T and P V, are 8-bit integer products on tensor cores: of the 8-bit types the one that every GPU
 # from Turing on has. Two kernels, because Hopper reaches its full rate through wgmma only, which no other GPU knows;
 # mma.sync serves all of them (Hopper too, should the first row not do), each through the code of its own architecture.
 # Blackwell Ultra (sm_103) has a fifteenth of its 16-bit rate left for 8-bit integers: there it runs when asked for.
 KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        "fp4-sm120", "fp4", capabilities=((12, 0), (12, 1)), compiled="fp4-sm120", auto_from_keys=FP4_AUTO_FROM_KEYS
+    ),
     Kernel("int8-sm90", "int8", capabilities=((9, 0),), compiled="sm90", auto_from_keys=INT8_AUTO_FROM_KEYS_ON_HOPPER),
     Kernel("int8-fast-sm90", "int8-fast", capabilities=((9, 0),), compiled="sm90-fast"),
     Kernel(

@@ -193,6 +193,27 @@ def int8_attention_compiled(
     return out, lse
 
 
+@_op("fp4_attention_compiled")
+def fp4_attention_compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    kernel: str,
+    note: str = "",
+) -> tuple[Tensor, Tensor]:
+    """4-bit attention by the built library; all else as ``int8_attention_compiled``. ``kernel`` is "fp4-sm120"."""
+    run = compiled.operators().fp4_attention
+    if q.shape[3] == 1:
+        q = q.contiguous()
+    out, lse = run(q, k, v, mask, is_causal, scale, return_lse)
+    record_note(note)
+    return out, lse
+
+
 @_op("int8_attention_backward")
 def int8_attention_backward(
     dout: Tensor,
@@ -229,6 +250,7 @@ def _(
 
 
 @int8_attention_compiled.register_fake
+@fp4_attention_compiled.register_fake
 def _(
     q: Tensor,
     k: Tensor,

@@ -52,9 +52,18 @@ class Source:
 
 # The first row that matches a file decides; a file that no row matches is compiled for every architecture.
 # binding.cpp sees SAGE3_HAS_<STEM> for each .cu that is in the build, so it calls no launcher that is not.
+NVFP4 = ("120a", "121a")
 SOURCES: tuple[Source, ...] = (
     Source("attention/*_sm90.cu", ("90a",)),
-    Source("attention/*_sm120.cu", ("120a", "121a")),
+    Source("attention/*_sm120.cu", NVFP4),
+    Source("quantize/nvfp4*.cu", NVFP4),
+)
+
+# With SAGE3_EMULATE_FP4 the 4-bit kernels are built for these as well. They have no tensor cores for NVFP4: the two
+# instructions are emulated (nvfp4.cuh), exactly and slowly, which is how the kernels are tested without a Blackwell GPU.
+EMULATING = ("90a",)
+EMULATED: tuple[Source, ...] = tuple(
+    Source(row.path, (*EMULATING, *NVFP4)) if row.archs == NVFP4 else row for row in SOURCES
 )
 
 
@@ -95,11 +104,11 @@ class Tree:
         return [(kernel, mine) for kernel, mine in planned if mine]
 
 
-def find_tree(package: Path = PACKAGE) -> Tree | None:
+def find_tree(package: Path = PACKAGE, rows: tuple[Source, ...] = SOURCES) -> Tree | None:
     """The sources that belong to this copy of the package, or None where they are not installed."""
     for root in (package / "csrc", package.parent / "csrc"):
         if (root / "binding.cpp").is_file() or any(root.rglob("*.cu")):
-            return Tree(root)
+            return Tree(root, rows)
     return None
 
 

@@ -10,14 +10,14 @@ Sources: arXiv 2505.11594 algorithm 1 (4 bit), arXiv 2411.10958 and 2505.21136 (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import smoothing
+from . import operands, smoothing
 from .formats import (
     BLOCK_SIZE,
     E2M1_MAX,
@@ -35,7 +35,7 @@ from .formats import (
     round_magnitude_,
     second_level_scale,
 )
-from .tiles import Shape, WeightRule, attend, finite, references
+from .tiles import LAZY_UP, Shape, WeightRule, attend, finite, lazy_references, references
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,17 @@ class Fp4Options:
         per_block_mean: means of Q per 128 rows; False: one over the whole sequence.
         two_level_p: scale P to 0..448*6 before giving it block scales; False: quantise P in 0..1 directly.
         p_reference: what the first level of two_level_p refers to: the row maximum of P in its own KV tile
-            ("tile", the paper's algorithm 1) or the running maximum ("running", one multiplication fewer in a
-            kernel).
+            ("tile", the paper's algorithm 1), the running maximum ("running", one multiplication fewer in a
+            kernel), or a power of two that follows the tile's maximum lazily ("lazy", which moves the output seldom and
+            exactly; see ``tiles.lazy_references``).
         official_p: P as the official code has it: divided by its block's scale before that was rounded, and its row's sum
             taken before the weights were.
         smooth_v: take the mean over tokens out of V and add it to the output, which is exact: a row's weights add up to
             1 (not in the paper).
         block_scale: how the e4m3 scale of a block of Q, K or V is chosen, see ``formats.ScaleChoice``; the paper's
             is "six". P's always is.
+        kernel_operands: Q, K and V bit by bit as the compiled kernel quantises them, with means of samples and a second
+            level of powers of two (``operands``). Needs smooth_v and the block scale "quick".
         second_level_scale: an fp32 scale per head on top of the block scales of Q, K and V (not in the paper).
         block_format: "nvfp4" (blocks of 16, e4m3 scales) or "mxfp4" (blocks of 32, power-of-two scales).
         rotate: "none", or for comparison "hadamard" or "smoothquant", applied to Q and K after smoothing.
@@ -67,10 +70,11 @@ class Fp4Options:
     smooth_k: bool = True
     per_block_mean: bool = True
     two_level_p: bool = True
-    p_reference: Literal["tile", "running"] = "tile"
+    p_reference: Literal["tile", "running", "lazy"] = "tile"
     official_p: bool = False
     smooth_v: bool = False
     block_scale: ScaleChoice = "six"
+    kernel_operands: bool = False
     second_level_scale: bool = False
     block_format: BlockFormat = "nvfp4"
     rotate: Literal["none", "hadamard", "smoothquant"] = "none"
@@ -78,11 +82,17 @@ class Fp4Options:
     quantize: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("p_reference", self.p_reference, ("tile", "running"))
-        _one_of("block_scale", self.block_scale, ("six", "four_or_six", "search"))
+        _one_of("p_reference", self.p_reference, ("tile", "running", "lazy"))
+        _one_of("block_scale", self.block_scale, get_args(ScaleChoice))
         _one_of("block_format", self.block_format, tuple(BLOCK_SIZE))
         _one_of("rotate", self.rotate, ("none", "hadamard", "smoothquant"))
         _check_tile(self.kv_tile)
+        if self.kernel_operands and not (
+            self.smooth_q and self.smooth_k and self.smooth_v and self.per_block_mean and self.quantize
+            and self.block_scale == "quick" and self.block_format == "nvfp4" and self.rotate == "none"
+            and not self.second_level_scale
+        ):  # fmt: skip
+            raise InputError('kernel_operands needs smooth_v and block_scale "quick", and all else of Q, K and V as it is.')
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ def _check_tile(kv_tile: int) -> None:
 
 
 # What runs as "fp4", "int8" and "int8-fast": as the compiled kernels compute, or will.
-OUR_FP4 = Fp4Options(block_scale="search", smooth_v=True, second_level_scale=True)
+OUR_FP4 = Fp4Options(smooth_v=True, block_scale="quick", kernel_operands=True, p_reference="lazy")
 OUR_INT8 = Int8Options(pv="int8")
 OUR_INT8_FAST = Int8Options(pv="int8", exponential="linear")
 
@@ -182,14 +192,52 @@ def fp4_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention with Q, K, P and V in 4 bits (arXiv 2505.11594, algorithm 1), simulated in fp32.
 
-    Arguments, results and errors as ``exact_attention``; ``options`` None means ``Fp4Options()``.
+    Arguments, results and errors as ``exact_attention``; ``options`` None means ``Fp4Options()``. Q, K and V are quantised
+    in fp32 also where they are fp64; all that follows is then fp64, so that what a kernel differs by is its own rounding.
     """
     options = options or Fp4Options()
     shape = Shape.of(q, k, v)
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
     softmax = softmax_scale(scale, shape.head_dim)
     block = BLOCK_SIZE[options.block_format]
-    q32, k32, v32 = q.float(), k.float(), v.float()
+    made = (_kernel_operands if options.kernel_operands else _studied_operands)(q, k, v, shape, softmax, options).to(high)
+    lazy = options.quantize and options.two_level_p and options.p_reference == "lazy"
+    out, lse = attend(
+        shape, made.q_t, made.k_t, made.v, _weigh_fp4(options) if options.quantize else _weigh_exact,
+        block=block, states=2 if lazy else 1, unit=made.unit, means_t=made.means_t, k_smooth_t=made.k_smooth_t,
+        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype if made.mean_v is None else high,
+    )  # fmt: skip
+    if made.mean_v is not None:
+        attends = (lse > -torch.inf).unsqueeze(-1)
+        out = (out + made.mean_v.repeat_interleave(shape.groups, 1) * attends).to(q.dtype)
+    return out, _restore_lse(lse, q.to(high), made.mean_k, softmax, shape).float()
 
+
+@dataclass(frozen=True)
+class _Fp4Operands:
+    """What ``tiles.attend`` takes, and the means (B, Hkv, 1, D) that the results get back; None where none was taken."""
+
+    q_t: Tensor
+    k_t: Tensor
+    v: Tensor
+    means_t: Tensor | None
+    k_smooth_t: Tensor | None
+    mean_k: Tensor | None
+    mean_v: Tensor | None
+    unit: float | None = None  # of the scores; None: q_t and means_t hold the softmax scale
+
+    def to(self, dtype: torch.dtype) -> _Fp4Operands:
+        """The same numbers in ``dtype``."""
+        tensors: dict[str, Any] = {name: x.to(dtype) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
+
+def _studied_operands(
+    q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options
+) -> _Fp4Operands:
+    """Q, K and V by the choices of ``options``."""
+    block = BLOCK_SIZE[options.block_format]
+    q32, k32, v32 = q.float(), k.float(), v.float()
     mean_k = smoothing.token_mean(k32) if options.smooth_k else None
     k_smooth = k32 if mean_k is None else k32 - mean_k
     means_t = None
@@ -208,20 +256,38 @@ def fp4_attention(
         second = second_level_scale(x) if options.second_level_scale else None
         return round_blocks(x, dim, options.block_format, second, options.block_scale)
 
-    q_t = by_kv_head((quantize(q_op, -1) * softmax), shape).transpose(-1, -2)
-    k_t = pad_to(quantize(k_op, -1), -2, block).transpose(-1, -2)
-    smooth_t = pad_to(k_smooth, -2, block).transpose(-1, -2) if means_t is not None else None
     mean_v = smoothing.token_mean(v32) if options.smooth_v else None
-    out, lse = attend(
-        shape, q_t, k_t, quantize(v32 if mean_v is None else v32 - mean_v, -2),
-        _weigh_fp4(options) if options.quantize else _weigh_exact,
-        block=block, means_t=means_t, k_smooth_t=smooth_t,
-        mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype if mean_v is None else torch.float32,
+    return _Fp4Operands(
+        q_t=by_kv_head(quantize(q_op, -1) * softmax, shape).transpose(-1, -2),
+        k_t=pad_to(quantize(k_op, -1), -2, block).transpose(-1, -2),
+        v=quantize(v32 if mean_v is None else v32 - mean_v, -2),
+        means_t=means_t,
+        k_smooth_t=pad_to(k_smooth, -2, block).transpose(-1, -2) if means_t is not None else None,
+        mean_k=mean_k,
+        mean_v=mean_v,
+    )
+
+
+def _kernel_operands(
+    q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options
+) -> _Fp4Operands:
+    """Q, K and V as ``operands`` has them; the sign of the softmax scale is in Q's codes."""
+    queries, keys, values = (
+        operands.quantize_queries(q, softmax), operands.quantize_keys(k), operands.quantize_values(v)
     )  # fmt: skip
-    if mean_v is not None:
-        attends = (lse > -torch.inf).unsqueeze(-1)
-        out = (out + mean_v.repeat_interleave(shape.groups, 1) * attends).to(q.dtype)
-    return out, _restore_lse(lse, q32, mean_k, softmax, shape)
+    mean_k, mean_v = (x.means[..., : shape.head_dim] for x in (keys, values))
+    means = queries.means[..., : shape.head_dim] * math.copysign(1.0, softmax)
+    base_2 = float(torch.tensor(abs(softmax), dtype=torch.float32) * math.log2(math.e))  # an fp32 number, as in the kernel
+    return _Fp4Operands(
+        q_t=by_kv_head(queries.values()[..., : shape.q_tokens, :], shape).transpose(-1, -2),
+        k_t=keys.values().transpose(-1, -2),
+        v=values.values()[..., : shape.head_dim],
+        means_t=by_kv_head(means, shape).transpose(-1, -2),
+        k_smooth_t=pad_to(k.float() - mean_k, -2, operands.TILE).transpose(-1, -2),
+        mean_k=mean_k,
+        mean_v=mean_v,
+        unit=base_2 * math.log(2),
+    )
 
 
 @torch.no_grad()
@@ -293,20 +359,36 @@ def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Te
 def _weigh_fp4(options: Fp4Options) -> WeightRule:
     block = BLOCK_SIZE[options.block_format]
     reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
+    lazy = options.two_level_p and options.p_reference == "lazy"
+    if lazy:
+        reach /= 2.0**LAZY_UP  # P may exceed its reference by that
     own_tile = options.two_level_p and options.p_reference == "tile"
 
     def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
         """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach."""
-        reference, factor, new = references(block_max, maximum, options.kv_tile // block, own_tile)
+        per_tile = options.kv_tile // block
+        if lazy:
+            reference, factor, new = lazy_references(block_max, maximum, per_tile)
+        else:
+            reference, factor, new = references(block_max, maximum, per_tile, own_tile)
         largest = torch.exp(block_max - reference).mul_(reach)
-        scale = block_scales(largest, options.block_format).div_(reach)
-        divisor = largest.div_(E2M1_MAX * reach) if options.official_p else scale
-        divisor = divisor.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
+        scale = block_scales(largest, options.block_format).to(scores.dtype).div_(reach)
         blocks = scores.unflatten(1, (-1, block))
-        blocks.sub_(reference.unsqueeze(2)).exp_()
-        growth = (blocks * factor.unsqueeze(2)).sum((1, 2)).unsqueeze(1) if options.official_p else None
-        blocks.div_(divisor.unsqueeze(2)).clamp_(max=E2M1_MAX)
-        round_magnitude_(scores, torch.empty_like(scores), mantissa_bits=1, min_exponent=0)
+        growth = None
+        if lazy:  # as the kernel does, divide in the exponent, of base 2 and rounded to fp32
+            power = (-reference * math.log2(math.e) - torch.log2(scale)).float()
+            power = power.masked_fill(scale == 0, -torch.inf)  # such a block becomes 0
+            blocks.mul_(math.log2(math.e)).add_(power.unsqueeze(2))
+            scores.copy_(scores.float()).exp2_().clamp_(max=E2M1_MAX)
+        else:
+            divisor = largest.div_(E2M1_MAX * reach) if options.official_p else scale
+            blocks.sub_(reference.unsqueeze(2)).exp_()
+            if options.official_p:
+                growth = (blocks * factor.unsqueeze(2)).sum((1, 2)).unsqueeze(1)
+            blocks.div_(divisor.masked_fill(scale == 0, torch.inf).unsqueeze(2)).clamp_(max=E2M1_MAX)
+        codes = scores.float()  # scores itself, unless it is fp64
+        round_magnitude_(codes, torch.empty_like(codes), mantissa_bits=1, min_exponent=0)
+        scores.copy_(codes)
         blocks.mul_(factor.mul_(scale).unsqueeze(2))
         return new, growth
 

@@ -26,6 +26,41 @@ def token_mean(k: Tensor) -> Tensor:
     return k.sum(-2, keepdim=True) / max(k.shape[-2], 1)
 
 
+SAMPLES = 512
+
+
+def sample_tokens(tokens: int, device: torch.device) -> Tensor:
+    """Which tokens the kernels take the mean over: int64, all of them or ``SAMPLES``.
+
+    Every tokens/512, moved on by a fraction of the step that differs from one to the next (csrc/include/sage3/sample.cuh).
+    """
+    i = torch.arange(min(tokens, SAMPLES), device=device)
+    if tokens <= SAMPLES:
+        return i
+    return ((i << 16) | (i * 40503 & 0xFFFF)) * tokens // (SAMPLES << 16)
+
+
+def sampled_mean(x: Tensor) -> Tensor:
+    """The mean of ``sample_tokens`` of K or V (B, H, Lk, D), (B, H, 1, D) fp32, summed in fp64; zeros when there are none.
+
+    Any constant may be subtracted in place of the mean; how well it fits only decides about the range left to the codes.
+    """
+    sample = x[..., sample_tokens(x.shape[-2], x.device), :].double()
+    return (sample.sum(-2, keepdim=True) / max(sample.shape[-2], 1)).float()
+
+
+def halving_means(q: Tensor) -> Tensor:
+    """``query_means`` per 128 rows in fp32, added in the kernel's order: rows r and r + 64, then r and r + 32, and so on."""
+    tokens = q.shape[-2]
+    blocks = -(-tokens // Q_GROUP)
+    sums = F.pad(q, (0, 0, 0, blocks * Q_GROUP - tokens)).unflatten(-2, (blocks, Q_GROUP))
+    while sums.shape[-2] > 1:
+        first, second = sums.chunk(2, -2)
+        sums = first + second
+    rows = (tokens - Q_GROUP * torch.arange(blocks, device=q.device)).clamp(max=Q_GROUP)
+    return sums.squeeze(-2) / rows.to(q.dtype).unsqueeze(-1)
+
+
 def query_means(q: Tensor, per_block: bool = True) -> Tensor:
     """Means of Q (B, H, Lq, D): of each 128 rows, (B, H, ceil(Lq / 128), D), or of all of them, (B, H, 1, D).
 

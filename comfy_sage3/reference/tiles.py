@@ -7,6 +7,7 @@ broadcasts over blocks of 16 keys vectorise. Memory is O(N D) plus one tile of s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ WeightRule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(scores, block_max, maximum) -> (new maximum, what the rows' sums grow by; None: by the weights).
 
 scores (n, c, R) holds S^T and is overwritten with the (quantised) P^T relative to the new maximum;
-block_max (n, c / block, R) is the largest score of each block of keys; maximum and its successor are (n, 1, R).
+block_max (n, c / block, R) is the largest score of each block of keys; maximum and its successor are (n, 1, R), or more
+than one number a row if the rule has to keep more (``states``): the first is what the weights are relative to.
 """
 
 
@@ -183,6 +185,37 @@ def references(block_max: Tensor, maximum: Tensor, per_tile: int, own_tile: bool
     return reference, factor, new
 
 
+LAZY_UP, LAZY_DOWN, LAZY_FLOOR = 2, 3, 40  # powers of two
+
+
+def lazy_references(block_max: Tensor, state: Tensor, per_tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``references``, for references m that are whole powers of two and follow the tile's maximum T lazily.
+
+    m starts at 2^0. Where T exceeds m by more than 2^2 or is below it by more than 2^3, m becomes the power of two at or
+    above T, or 2^-40 of the largest it was for any tile, if that is more, so that what was summed before cannot overflow.
+    A tile of which a row sees nothing leaves that row's m.
+
+    state (n, 2, R) and its successor hold m and the largest it was, as natural logarithms; -inf where nothing was seen.
+    """
+    blocks = block_max.shape[1]
+    tiles = F.pad(block_max, (0, 0, 0, -blocks % per_tile), value=-torch.inf)
+    tiles = tiles.unflatten(1, (-1, per_tile)).amax(2) * math.log2(math.e)
+    m = finite(state[:, 0] * math.log2(math.e)).round()
+    highest = (state[:, 1] * math.log2(math.e)).round()
+    powers = []
+    for top in tiles.unbind(1):
+        seen = top > -torch.inf
+        astray = seen & ((top - m > LAZY_UP) | (m - top > LAZY_DOWN))
+        m = torch.where(astray, torch.maximum(top.ceil(), highest - LAZY_FLOOR), m)
+        highest = torch.where(seen, torch.maximum(highest, m), highest)
+        powers.append(m)
+    reference = torch.stack(powers, 1)
+    factor = torch.exp2((reference - m.unsqueeze(1)).clamp(max=126.0))
+    reference, factor = (x.repeat_interleave(per_tile, 1)[:, :blocks] for x in (reference, factor))
+    m = m.masked_fill(highest == -torch.inf, -torch.inf)
+    return reference * math.log(2), factor, torch.stack((m, highest), 1) * math.log(2)
+
+
 def finite(maximum: Tensor) -> Tensor:
     """``maximum`` with 0 for -inf (a row that has seen no key), so that subtracting it makes no NaN."""
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
@@ -196,6 +229,8 @@ def attend(
     weigh: WeightRule,
     *,
     block: int = 1,
+    states: int = 1,
+    unit: float | None = None,
     means_t: Tensor | None = None,
     k_smooth_t: Tensor | None = None,
     mask: Tensor | None = None,
@@ -210,6 +245,8 @@ def attend(
         v: (B, Hkv, Lk', D), rows past Lk zero.
         weigh: turns scores into weights, see ``WeightRule``.
         block: keys that share a maximum for ``weigh``.
+        states: numbers that ``weigh`` keeps for a row.
+        unit: what the products are to be multiplied by, after they were rounded to fp32, as tensor cores give them.
         means_t: (B, Hkv, G, D, blocks of 128 rows or 1), the part of q taken out by smoothing, times the scale.
         k_smooth_t: (B, Hkv, D, Lk'), what ``means_t`` is multiplied with.
         mask: (B, Hkv, G, Lq, Lk) view, bool or additive.
@@ -233,7 +270,7 @@ def attend(
         for r0, r1 in row_ranges(shape.q_tokens, plan.rows):
             width = g * (r1 - r0)
             q_piece = q_t[bs, hs, :, :, r0:r1].flatten(0, 1).transpose(1, 2).reshape(n, -1, width)
-            maximum = values.new_full((n, 1, width), -torch.inf)
+            maximum = values.new_full((n, states, width), -torch.inf)
             total = values.new_zeros((n, 1, width))
             acc = values.new_zeros((n, d, width))
             for c0 in range(0, min(padded, r1) if is_causal else padded, plan.keys):
@@ -244,19 +281,21 @@ def attend(
                 grid = scores.view(n, c1 - c0, g, r1 - r0)
                 if means_t is not None and smooth_t is not None:
                     _add_means_(grid, means_t[bs, hs].flatten(0, 1), smooth_t[:, :, c0:c1], r0, r1)
+                if unit is not None:
+                    scores.copy_(scores.float()).mul_(unit)
                 limit = min(c1, shape.k_tokens)
                 piece = None if mask is None else mask[bs, hs, :, r0:r1, c0:limit]
                 hide_(grid, piece, rows=(r0, r1), keys=(c0, c1), limit=limit, causal=is_causal)
                 block_max = scores.view(n, (c1 - c0) // block, block, width).amax(2) if block > 1 else scores
                 new, growth = weigh(scores, block_max, maximum)
-                rescale = torch.exp(maximum - finite(new))
+                rescale = torch.exp(maximum[:, :1] - finite(new[:, :1]))
                 total.mul_(rescale).add_(scores.sum(1, keepdim=True) if growth is None else growth)
                 acc.mul_(rescale).baddbmm_(values[:, c0:c1].transpose(1, 2), scores)
                 maximum = new
             acc.div_(total.masked_fill(total == 0, 1.0))
             shape_out = (bs.stop - bs.start, hs.stop - hs.start, d, g, r1 - r0)
             out[bs, hs, :, r0:r1] = acc.view(shape_out).permute(0, 1, 3, 4, 2)
-            lse[bs, hs, :, r0:r1] = maximum.view(shape_out[0], shape_out[1], g, r1 - r0)
+            lse[bs, hs, :, r0:r1] = maximum[:, :1].view(shape_out[0], shape_out[1], g, r1 - r0)
             sums[bs, hs, :, r0:r1] = total.view(shape_out[0], shape_out[1], g, r1 - r0)
     lse += torch.log(sums)
     return out.flatten(1, 2), lse.flatten(1, 2)

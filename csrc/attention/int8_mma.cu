@@ -1,7 +1,7 @@
 // 8-bit attention with mma.sync, for every GPU from Turing to Blackwell: INT8 Q K^T and INT8 P V.
 //
-// A warp works on 16 queries and keeps their Q in registers; 8 or 12 warps share a ring of K and V tiles of 128 tokens
-// in shared memory. Per tile n of its own, and in its own time, a warp does
+// A warp works on 16 queries; 8 or 12 warps share a ring of K and V tiles of 128 tokens in shared memory. Per tile n of its
+// own, and in its own time, a warp does
 //
 //   S = Q K(n)       s8 x s8 -> s32
 //   softmax -> P     row maximum on integers, 255 * 2^x packed to u8: the A operand without a shuffle
@@ -16,13 +16,18 @@
 // need the same promotion every tile. u8 codes that give each row and tile its own maximum are finer than e4m3's three
 // bits of mantissa, too.
 //
-// Integers become floats without a conversion: the accumulators of both products start at the bits of 1.5 * 2^23, where
-// one more integer is one more in the float, so their bits are the float 12582912 + sum (kMagic below).
+// Scores become floats without a conversion: their accumulators start at the bits of 1.5 * 2^23, where one more integer is
+// one more in the float, so their bits are the float 12582912 + sum (kMagic below).
+//
+// Issue slots and registers are what is short. Tiles that a warp attends whole are taken at once, straight through, in a
+// loop of their own; tiles at an edge, with their columns and addresses, in halves in another one. Nothing is kept in a
+// register that the first loop does not need: what only the second one or the end needs is computed anew there.
 //
 // Tiles lie in memory as shared memory wants them (int8_format.cuh). Quantisation after SageAttention2 (arXiv
 // 2411.10958), softmax after FlashAttention-2 and -4 (softmax.cuh).
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "sage3/launch.h"
@@ -40,13 +45,10 @@ using int8::kQueryTile;
 
 constexpr int kWarpRows = 16;
 constexpr int kMaxSlots = 6;  // K and V of three tiles
+constexpr int kHalfTile = kKeyTile / 2;
 
-// How many tokens of a tile have their softmax at once. A thread holds half as many scores beside D / 2 sums of O: all 128
-// tokens' would save a promotion per tile, and cost the registers that let 12 or 16 warps run. P's codes belong to a step's
-// own maximum.
-constexpr int kStep = 64;
-constexpr int kScores = kStep / 2;
-constexpr int kWords = kScores / 4;
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
 
 // Bits of the float 1.5 * 2^23. For |s| <= 2^22, kMagic + s are the bits of the float kMagicFloat + s, exactly.
 constexpr int kMagic = 0x4B400000;
@@ -68,6 +70,10 @@ struct Config {
   static constexpr int kQueries = kWarpRows * kWarps;
   static constexpr int kTileBytes = kKeyTile * D;
   static constexpr int kSteps = D / 32;  // of the contraction of Q K^T
+  // Tokens of a whole tile whose softmax is done at once. A thread holds half as many scores beside D / 2 sums of O: not
+  // always are there registers for all 128 tokens', which save a second round of promotions, row maxima and waits, a fifth
+  // of the time or more. P's codes belong to a step's own maximum.
+  static constexpr int kStep = D == 256 || !mma::kAsynchronous ? kHalfTile : kKeyTile;
 };
 
 struct Params {
@@ -76,46 +82,55 @@ struct Params {
   const float *q_scale, *k_scale, *v_scale, *v_mean, *v_norm;
   int query_rows;  // of a head in q8: whole tiles
   int key_tiles;   // of a head
-  float kv_per_head;
-  int first_batch;
-  int slots;         // of the ring
+  int group;       // query heads that share a K and V
+  int first_kv;    // of this launch, counted with the batch
+  int ring_bytes;
+  int ahead;       // copies that run ahead of their use: 0, 1 or 2
 };
 
 // What a warp works on: 16 rows of a head. Blocks that run at the same time share K and V: the grid's x counts a head's
-// query blocks (causal: the longest first), y heads, z the batch. All of this is cheap, and computed where it is needed:
-// registers are what the main loop is short of.
+// query blocks (causal: the longest first), y the query heads of a K and V, z these.
 template <int D>
 struct Job {
   const Params& p;
 
   __device__ int block() const { return p.call.causal ? gridDim.x - 1 - mma::block_index<0>() : mma::block_index<0>(); }
-  __device__ int head() const { return mma::block_index<1>(); }
-  __device__ int batch() const { return p.first_batch + mma::block_index<2>(); }
-  __device__ int kv() const {  // counts with the batch; exact for fewer than 2^16 heads
-    return batch() * p.call.shape.kv_heads + static_cast<int>((head() + 0.5f) * p.kv_per_head);
-  }
-  __device__ int64_t key_tile(int n) const { return kv() * p.key_tiles + n; }  // in k8 and v8
+  __device__ int kv() const { return p.first_kv + mma::block_index<2>(); }               // counted with the batch
+  __device__ int head_of_all() const { return kv() * p.group + mma::block_index<1>(); }  // as well
+  __device__ int batch() const { return kv() / p.call.shape.kv_heads; }
+  __device__ int head() const { return head_of_all() - batch() * p.call.shape.heads; }
   __device__ int first_row() const { return block() * Config<D>::kQueries + threadIdx.x / 32 * kWarpRows; }
-  __device__ int64_t first_row_of_all() const {  // in q8
-    return (batch() * p.call.shape.heads + head()) * p.query_rows + first_row();
-  }
-  __device__ int key_tiles() const {  // that the block attends
-    return p.call.causal ? min(p.key_tiles, ((block() + 1) * Config<D>::kQueries + kKeyTile - 1) / kKeyTile) : p.key_tiles;
-  }
 };
 
-// The key tiles of a job, in order; with a mask, those that somebody in the block attends.
+// The key tiles of a job's head, in order; with a mask, those that somebody in the block attends.
 template <int D, bool kMask>
 struct KeyTiles {
   static constexpr int kRows = Config<D>::kQueries / kQueryTile;
   const Job<D>& job;
+  int first;        // in k8; this and the next are the same for the block, and so in uniform registers
+  int end;          // of those that some row of the block attends
   int classes = 0;  // of the mask: where those of the block's first query tile begin
 
   __device__ explicit KeyTiles(const Job<D>& job) : job(job) {
+    const Params& p = job.p;
+    first = (p.first_kv + blockIdx.z) * p.key_tiles;
+    end = p.key_tiles;
+    if (p.call.causal) end = min(end, int(((gridDim.x - blockIdx.x) * Config<D>::kQueries + kKeyTile - 1) / kKeyTile));
     if constexpr (kMask) {
-      const MaskTileIndex index(job.p.call.shape, job.p.call.mask);
+      const MaskTileIndex index(p.call.shape, p.call.mask);
       classes = static_cast<int>(index(job.batch(), job.head(), job.block() * kRows));
     }
+  }
+
+  // Whether all rows of the warp attend all of tile n, but for the mask.
+  __device__ __forceinline__ bool whole(int n) const {
+    const int after = (n + 1) * kKeyTile;
+    return after <= job.p.call.shape.keys && (!job.p.call.causal || after <= job.first_row() + 1);
+  }
+
+  // Whether some row of the warp attends tile n, but for the mask.
+  __device__ __forceinline__ bool some(int n) const {
+    return !job.p.call.causal || n * kKeyTile < job.first_row() + kWarpRows;
   }
 
   // The class of tile n for the query tile that holds row `row` of the block.
@@ -126,10 +141,10 @@ struct KeyTiles {
     return static_cast<MaskTile>(job.p.call.mask_tiles[classes + min(row / kQueryTile, last) * stride + n]);
   }
 
-  // The first tile from n on that is needed; the number of tiles when there is none.
+  // The first tile from n on that is needed; `end` when there is none.
   __device__ __forceinline__ int from(int n) const {
     if constexpr (kMask) {
-      for (const int end = job.key_tiles(); n < end; ++n) {
+      for (; n < end; ++n) {
         unsigned any = 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) any |= mask(n, i * kQueryTile);
@@ -140,105 +155,95 @@ struct KeyTiles {
   }
 };
 
-// The ring of tiles in shared memory: K and V in turn, counted from the K of the tile at hand (`ahead` 0; its V is 1).
-// A tile is a linear copy that one warp starts, each warp when its turn comes. Turing has no mbarriers: there the block's
-// own barrier stands for both, and all threads copy.
+// The ring of tiles in shared memory: K and V in turn. A slot is a tile and a line with its two mbarriers. A tile is a
+// linear copy that one warp starts, each warp when its turn comes. Turing has no mbarriers: there the block's own barrier
+// stands for both, and all threads copy.
 template <int D>
 class Ring {
   using C = Config<D>;
-  struct Place {
-    int slot;
-    uint32_t parity;
-  };
-
-  uint32_t memory_;
-  int slots_;
-  int here_ = 0;  // the slot, and slots_ more in every second round
-
-  __device__ uint32_t tile(int slot) const { return memory_ + slot * C::kTileBytes; }
-  __device__ uint32_t full(int slot) const { return tile(slots_) + 16 * slot; }
-  __device__ uint32_t empty(int slot) const { return tile(slots_) + 16 * slot + 8; }
-  __device__ int wrap(int at) const { return at < 2 * slots_ ? at : at - 2 * slots_; }
-  __device__ Place place(int ahead) const {
-    const int at = wrap(opaque(here_) + ahead);
-    return at < slots_ ? Place{at, 0} : Place{at - slots_, 1};
-  }
-
-  template <int kCopiers>
-  __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from) const {
-    const int me = 16 * (threadIdx.x % kCopiers);
-    to += me;
-    from = opaque(from + me);
-#pragma unroll
-    for (int at = 0; at < C::kTileBytes; at += 16 * kCopiers) {
-      if (C::kTileBytes % (16 * kCopiers) == 0 || at + me < C::kTileBytes) mma::copy_16(to + at, from + at);
-    }
-  }
 
  public:
-  static constexpr int kBarrierBytes = 16 * kMaxSlots;
+  static constexpr int line_bytes(bool asynchronous) { return asynchronous ? 128 : 0; }  // the swizzle's period
+  static constexpr int slot_bytes(bool asynchronous) { return C::kTileBytes + line_bytes(asynchronous); }
 
-  __device__ Ring(unsigned char* memory, int slots) : memory_(mma::shared_address(memory)), slots_(slots) {
+  // Where a slot lies, and in bit 0 how often the ring has come round to it, modulo 2: one register for both.
+  using Place = uint32_t;
+
+ private:
+  static constexpr uint32_t kSlotBytes = slot_bytes(mma::kAsynchronous);
+  static constexpr int kCopiers = mma::kAsynchronous ? 32 : C::kThreads;
+
+  uint32_t memory_, bytes_;
+
+  __device__ uint32_t full(Place at) const { return tile(at) + C::kTileBytes; }
+  __device__ uint32_t empty(Place at) const { return tile(at) + C::kTileBytes + 8; }
+
+ public:
+  __device__ Ring(const unsigned char* memory, uint32_t bytes) : memory_(mma::shared_address(memory)), bytes_(bytes) {
     if constexpr (mma::kAsynchronous) {
-      if (threadIdx.x < slots) {
-        mma::barrier_init(full(threadIdx.x), 32);
-        mma::barrier_init(empty(threadIdx.x), C::kWarps);
+      const Place at = threadIdx.x * kSlotBytes;
+      if (at < bytes) {
+        mma::barrier_init(full(at), 32);
+        mma::barrier_init(empty(at), C::kWarps);
       }
       __syncthreads();
     }
   }
 
-  // Starts a copy from where `source()` says. All warps call it for every tile, in order.
-  template <class Source>
-  __device__ __forceinline__ void fill(int ahead, Source source) {
-    const Place to = place(ahead);
+  __device__ __forceinline__ uint32_t tile(Place at) const { return memory_ + (at & ~1u); }
+
+  // The slot `count` further on.
+  __device__ __forceinline__ Place after(Place at, int count) const {
+    at += count * kSlotBytes;
+    return at < bytes_ ? at : (at - bytes_) ^ 1;
+  }
+
+  // Whether this warp starts the copies that are due at tile n.
+  __device__ __forceinline__ static bool my_turn(unsigned n) {
+    return !mma::kAsynchronous || n % C::kWarps == threadIdx.x / 32;
+  }
+
+  // Starts a copy, once all warps have read what the slot holds.
+  __device__ __forceinline__ void fill(Place at, const unsigned char* from) const {
     if constexpr (mma::kAsynchronous) {
-      if (threadIdx.x / 32 == wrap(here_ + ahead) % C::kWarps) {  // this warp's turn
-        mma::barrier_wait(empty(to.slot), to.parity ^ 1);
-        copy<32>(tile(to.slot), source());
-        mma::arrive_after_copies(full(to.slot));
-      }
+      mma::barrier_wait(empty(at), ~at & 1);
     } else {
       __syncthreads();
-      copy<C::kThreads>(tile(to.slot), source());
     }
+    const int me = 16 * (threadIdx.x % kCopiers);
+    const uint32_t to = tile(at) + me;
+    from = opaque(from + me);
+#pragma unroll
+    for (int i = 0; i < C::kTileBytes; i += 16 * kCopiers) {
+      if (C::kTileBytes % (16 * kCopiers) == 0 || i + me < C::kTileBytes) mma::copy_16(to + i, from + i);
+    }
+    if constexpr (mma::kAsynchronous) mma::arrive_after_copies(full(at));
   }
 
-  // Returns when the tile is in. (On Turing the K's barrier comes after the V's copy, too.)
-  __device__ __forceinline__ void use(int ahead) const {
-    const Place of = place(ahead);
-    if constexpr (mma::kAsynchronous) {
-      mma::barrier_wait(full(of.slot), of.parity);
-    } else if (ahead == 0) {
-      __syncthreads();
-    }
+  // Returns when the tile is in.
+  __device__ __forceinline__ void use(Place at) const {
+    if constexpr (mma::kAsynchronous) mma::barrier_wait(full(at), at & 1);
   }
-
-  __device__ __forceinline__ uint32_t address(int ahead) const { return tile(place(ahead).slot); }
 
   // This warp has read the tile.
-  __device__ __forceinline__ void release(int ahead) const {
+  __device__ __forceinline__ void release(Place at) const {
     if constexpr (mma::kAsynchronous) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) mma::barrier_arrive(empty(place(ahead).slot));
+      if (threadIdx.x % 32 == 0) mma::barrier_arrive(empty(at));
     }
   }
-
-  // On to the next K and V.
-  __device__ __forceinline__ void advance() { here_ = wrap(here_ + 2); }
 };
 
-// S = kMagic + Q K^T for the kStep tokens from `first` on. Q comes from L1 every time, one 16-byte word per k-step; a load
-// of K brings 16 tokens x 32 channels: two n8 tiles of one k-step.
-template <int D>
-__device__ __forceinline__ void multiply_qk(int (&s)[kScores], const unsigned char* q, uint32_t tile, int first) {
+// S = kMagic + Q K^T for the 2 * kScores tokens from `first` on. Q comes from L1 every time, one 16-byte word per k-step; a
+// load of K brings 16 tokens x 32 channels: two n8 tiles of one k-step. q and tile: this lane's.
+template <int D, int kScores>
+__device__ __forceinline__ void multiply_qk(int (&s)[kScores], const uint4* q, uint32_t tile, int first) {
   constexpr int kRow = int8::key_block(D), kStepsOfRow = kRow / 32;
   constexpr int kStart[4] = {kMagic, kMagic, kMagic, kMagic};
-  const int lane = mma::lane();
-  const uint32_t mine = tile + first * kRow + int8::key_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16, D);
+  const uint32_t mine = tile + first * kRow;
 #pragma unroll
   for (int step = 0; step < Config<D>::kSteps; ++step) {
-    const uint4 word = mma::load_again(reinterpret_cast<const uint4*>(q) + 32 * step + lane);
+    const uint4 word = mma::load_again(q + 32 * step);
     const uint32_t a[4] = {word.x, word.y, word.z, word.w};
     const uint32_t at = (mine ^ (step % kStepsOfRow * 32)) + step / kStepsOfRow * kKeyTile * kRow;
 #pragma unroll
@@ -258,16 +263,17 @@ __device__ __forceinline__ void multiply_qk(int (&s)[kScores], const unsigned ch
   }
 }
 
-// O += (P V) * weight * v_scale for the step's tokens, which begin with `first`; 32 channels at a time.
-template <int D>
+// O += (P V) * weight * v_scale for the step's tokens, which begin with `first`; 32 channels at a time. tile: this lane's.
+// `wait` waits for V, which is in already: ptxas would fetch V of all channels as early as it can, until no register is left,
+// but not past a wait.
+template <int D, int kWords, class Wait>
 __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&p)[kWords], uint32_t tile, int first,
-                                            const float (&weight)[2], const float* v_scale) {
+                                            const float (&weight)[2], const float* v_scale, Wait wait) {
   constexpr int kZero[4] = {0, 0, 0, 0};
-  const int lane = mma::lane(), row = lane / 16 * 8 + lane % 8;
-  const uint32_t mine = tile + int8::swizzle(row * kKeyTile + lane / 8 % 2 * 16 + first, kKeyTile);
-  const float scales = mma::load_again(v_scale + lane % (D / 32));  // lane g has group g's
+  const uint32_t mine = tile ^ first;
 #pragma unroll
   for (int group = 0; group < D / 32; ++group) {
+    if (group == D / 64) wait();
     if constexpr (!mma::kAsynchronous) __syncwarp(__activemask());  // sm_75: else V of all groups is loaded at once, and O spilt
     int acc[16];
 #pragma unroll
@@ -288,7 +294,7 @@ __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&
         }
       }
     }
-    const float scale = __shfl_sync(0xffffffffu, scales, group);
+    const float scale = mma::load_again(v_scale + group);
     const float factor[2] = {weight[0] * scale, weight[1] * scale};
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -304,6 +310,7 @@ struct Exponent {
 };
 
 // The plain case. Finds the maximum of both rows; scores carry kMagic: floats of one binade order like integers.
+template <int kScores>
 __device__ __forceinline__ Exponent exponents(int (&s)[kScores], const float (&c)[2], float (&top)[2]) {
   Exponent e;
 #pragma unroll
@@ -326,6 +333,7 @@ __device__ __forceinline__ Exponent exponents(int (&s)[kScores], const float (&c
 }
 
 // The general case begins here: scores -> floats in place, -inf from `end[r]` columns after the thread's first on.
+template <int kScores>
 __device__ __forceinline__ void hide(int (&s)[kScores], const float (&c)[2], const int (&end)[2]) {
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
@@ -335,6 +343,7 @@ __device__ __forceinline__ void hide(int (&s)[kScores], const float (&c)[2], con
 }
 
 // The general case ends: scores that are floats.
+template <int kScores>
 __device__ __forceinline__ Exponent exponents_of_floats(const int (&y)[kScores], float (&top)[2]) {
   Exponent e;
 #pragma unroll
@@ -353,7 +362,8 @@ __device__ __forceinline__ Exponent exponents_of_floats(const int (&y)[kScores],
 }
 
 // Codes of P, in the order of softmax.cuh's quantize_codes. Adds each row's to sum.
-__device__ __forceinline__ void quantize(uint32_t (&p)[kWords], uint32_t (&sum)[2], const int (&s)[kScores],
+template <int kWords>
+__device__ __forceinline__ void quantize(uint32_t (&p)[kWords], uint32_t (&sum)[2], const int (&s)[4 * kWords],
                                          const Exponent& e) {
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -374,7 +384,7 @@ __device__ __forceinline__ void finish(const Job<D>& job, const RowState& state,
   const int64_t channels = int64_t(job.kv()) * D;
   store_output<D>(o, inverse, job.p.v_mean + channels, job.p.v_norm + channels, call, job.batch(), job.head(), first_row);
   if (call.lse != nullptr && threadIdx.x % 4 == 0) {
-    const int64_t bh = int64_t(job.batch()) * call.shape.heads + job.head();
+    const int64_t bh = job.head_of_all();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + threadIdx.x % 32 / 4 + 8 * r;
@@ -389,21 +399,30 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     int8_attention_mma(const __grid_constant__ Params p) {
   using C = Config<D>;
   extern __shared__ __align__(128) unsigned char memory[];  // the swizzle's period
-  const int8::Shape& shape = p.call.shape;
-  const int lane = threadIdx.x % 32, t = lane % 4;
   const Job<D> job{p};
   const KeyTiles<D, kMask> tiles(job);
-  Ring<D> ring(memory, p.slots);
+  Ring<D> ring(memory, p.ring_bytes);
 
-  const int ahead = (p.slots - 1) / 2;  // copies that run ahead of their use: 0, 1 or 2
-  int n = tiles.from(0), next = n;      // the tile at hand and the one after it
-  auto fill = [&](int of) {             // the K (0) or V (1) of n, or of next (2, 3)
-    const int tile = of < 2 ? n : next;
-    if (tile < job.key_tiles()) {
-      ring.fill(of, [&] { return (of % 2 ? p.v8 : p.k8) + job.key_tile(tile) * C::kTileBytes; });
+  // Where this lane finds its words of Q (-1: rows past the end do not exist; such a warp copies, and computes nothing),
+  // and its rows for load_matrices in a tile of K and, in the upper half, of V.
+  const unsigned thread = threadIdx.x % 32;
+  const int matrix_row = thread / 16 * 8 + thread % 8, matrix_byte = thread / 8 % 2 * 16;
+  const bool exists = job.first_row() < p.call.shape.queries;
+  const int q_at = exists ? (job.head_of_all() * p.query_rows + job.first_row()) * (D / 16) + thread : -1;
+  const int rows = int8::key_offset(matrix_row, matrix_byte, D) |
+                   int8::swizzle(matrix_row * kKeyTile + matrix_byte, kKeyTile) << 16;
+
+  int n = tiles.from(0);            // the tile at hand
+  typename Ring<D>::Place key = 0;  // where its K is
+  auto fill = [&](int of) {         // the K (0) or V (1) of n, or of the one after it (2, 3)
+    const int tile = of < 2 ? n : tiles.from(n + 1);
+    if (tile < tiles.end) {
+      ring.fill(ring.after(key, of), (of % 2 ? p.v8 : p.k8) + int64_t(tiles.first + tile) * C::kTileBytes);
     }
   };
-  for (int i = 0; i < ahead; ++i) fill(i);
+  if (!mma::kAsynchronous || threadIdx.x < 32) {
+    for (int i = 0; i < p.ahead; ++i) fill(i);
+  }
 
   RowState state;
   float o[D / 2];
@@ -414,53 +433,79 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocksPerSm)
     for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
   };
 
-  for (; n < job.key_tiles(); n = next, ring.advance()) {
-    next = tiles.from(n + 1);
-    const MaskTile mask = tiles.mask(n, threadIdx.x / 32 * kWarpRows);
-    fill(ahead), fill(ahead + 1);
-    ring.use(0);
-    // Rows past the end do not exist: such a warp copies, and computes nothing.
-    if (job.first_row() >= shape.queries || mask == kMaskNone ||
-        (p.call.causal && n * kKeyTile >= job.first_row() + kWarpRows)) {
-      ring.use(1);
-      ring.release(0), ring.release(1);
-      continue;
-    }
-#pragma unroll 1
-    for (int first = 0; first < kKeyTile; first += kStep) {
-      const int64_t row_of_all = job.first_row_of_all();
-      const float* const q_scale = p.q_scale + row_of_all + lane / 4;
-      const float scale = mma::load_again(p.k_scale + job.key_tile(n) * int8::kKeyGroups + t);
-      const float c[2] = {mma::load_again(q_scale) * scale, mma::load_again(q_scale + 8) * scale};
-      int s[kScores];
-      multiply_qk<D>(s, p.q8 + row_of_all * D, ring.address(0), first);
-      if (first + kStep == kKeyTile) ring.release(0);
+  auto mask = [&] { return tiles.mask(n, threadIdx.x / 32 * kWarpRows); };
+  auto whole = [&] { return q_at >= 0 && tiles.whole(n) && mask() == kMaskAll; };
+  auto begin = [&] {
+    if (ring.my_turn(n)) fill(p.ahead), fill(p.ahead + 1);
+    if constexpr (!mma::kAsynchronous) __syncthreads();
+    ring.use(key);
+  };
+  // Softmax and products of kTokens tokens of the tile from `first` on; plain: all of them visible.
+  auto attend = [&](auto tokens, auto plain, int first) {
+    constexpr int kTokens = tokens, kScores = kTokens / 2;
+    int s[kScores];
+    const auto* const q = reinterpret_cast<const uint4*>(p.q8) + unsigned(q_at);
+    multiply_qk<D>(s, q, ring.tile(key) + (opaque(rows) & 0xffff), first);
+    const unsigned lane = mma::lane(), tile = tiles.first + n;
+    const float* const q_scale = p.q_scale + (unsigned(opaque(q_at)) / (D / 16) / kWarpRows * kWarpRows + lane / 4);
+    const float scale = mma::load_again(p.k_scale + (tile * int8::kKeyGroups + lane % 4));
+    const float c[2] = {mma::load_again(q_scale) * scale, mma::load_again(q_scale + 8) * scale};
+    if (first + kTokens == kKeyTile) ring.release(key);
 
-      const int begin = n * kKeyTile + first, after = begin + kStep;
-      float top[2], weight[2];
-      Exponent exponent;
-      if (mask == kMaskAll && after <= shape.keys && (!p.call.causal || after <= job.first_row() + 1)) {
-        exponent = exponents(s, c, top);
-      } else {
-        const int row = job.first_row() + lane / 4, column = begin + 2 * t;  // the thread's first; and row + 8
-        const int end[2] = {(p.call.causal ? min(shape.keys, row + 1) : shape.keys) - column,
-                            (p.call.causal ? min(shape.keys, row + 9) : shape.keys) - column};
-        hide(s, c, end);
-        if constexpr (kMask) {
-          if (mask != kMaskAll) add_mask(s, p.call, job.batch(), job.head(), row, column);
-        }
-        exponent = exponents_of_floats(s, top);
+    float top[2], weight[2];
+    Exponent exponent;
+    if (plain) {
+      exponent = exponents(s, c, top);
+    } else {
+      const int keys = p.call.shape.keys;
+      const int row = job.first_row() + lane / 4;  // the thread's first; and row + 8
+      const int column = n * kKeyTile + first + 2 * (lane % 4);
+      const int end[2] = {(p.call.causal ? min(keys, row + 1) : keys) - column,
+                          (p.call.causal ? min(keys, row + 9) : keys) - column};
+      hide(s, c, end);
+      if constexpr (kMask) {
+        if (mask() != kMaskAll) add_mask(s, p.call, job.batch(), job.head(), row, column);
       }
-      uint32_t p8[kWords], sum[2] = {0, 0};
-      quantize(p8, sum, s, exponent);
-      update_rows(state, top, sum, weight, rescale);
-
-      ring.use(1);
-      multiply_pv<D>(o, p8, ring.address(1), first, weight, p.v_scale + job.key_tile(n) * int8::value_scales(D));
+      exponent = exponents_of_floats(s, top);
     }
-    ring.release(1);
+    uint32_t p8[kScores / 4], sum[2] = {0, 0};
+    quantize(p8, sum, s, exponent);
+    update_rows(state, top, sum, weight, rescale);
+
+    const auto value = ring.after(key, 1);
+    const auto wait = [&] { ring.use(value); };
+    wait();
+    multiply_pv<D>(o, p8, ring.tile(value) + (unsigned(opaque(rows)) >> 16), first, weight,
+                   p.v_scale + tile * int8::value_scales(D), wait);
+  };
+  auto advance = [&] {
+    const auto value = ring.after(key, 1);
+    ring.release(value);
+    key = ring.after(value, 1);
+    n = tiles.from(opaque(n + 1));  // opaque: else what grows with n, such as addresses of scales, stays in registers
+  };
+
+  while (n < tiles.end) {
+    bool plain = whole();
+    if constexpr (C::kStep == kKeyTile) {
+      for (; plain; plain = n < tiles.end && whole()) {
+        begin();
+        attend(Int<kKeyTile>{}, std::true_type{}, 0);
+        advance();
+      }
+      if (n >= tiles.end) break;
+    }
+    begin();
+    if (plain || (q_at >= 0 && mask() != kMaskNone && tiles.some(n))) {
+#pragma unroll 1
+      for (int first = 0; first < kKeyTile; first += kHalfTile) attend(Int<kHalfTile>{}, plain, first);
+    } else {
+      ring.release(key);
+      ring.use(ring.after(key, 1));
+    }
+    advance();
   }
-  if (job.first_row() < shape.queries) finish(job, state, o);
+  if (q_at >= 0) finish(job, state, o);
 }
 
 // Shared memory of the current device: how many slots of the ring fit, and their bytes.
@@ -475,17 +520,16 @@ cudaError_t ring_size(int& slots, int& bytes) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   }
   if (error != cudaSuccess) return error;
-  const int barriers = major >= 8 ? Ring<D>::kBarrierBytes : 0;
-  const int limit = std::min(per_block, per_sm / Config<D>::kBlocksPerSm - reserved);
-  slots = std::min(kMaxSlots, (limit - barriers) / Config<D>::kTileBytes);
-  bytes = slots * Config<D>::kTileBytes + barriers;
+  const int slot_bytes = Ring<D>::slot_bytes(major >= 8);
+  slots = std::min(kMaxSlots, std::min(per_block, per_sm / Config<D>::kBlocksPerSm - reserved) / slot_bytes);
+  bytes = slots * slot_bytes;
   return slots >= 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 template <int D, bool kMask>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   using C = Config<D>;
-  constexpr int kMostBatches = 65535;  // of a grid's third dimension
+  constexpr int kMostKv = 65535;  // of a grid's third dimension
   const int8::Shape& shape = call.shape;
   const int8::Workspace at(shape);
   const auto* const base = static_cast<const unsigned char*>(call.workspace);
@@ -493,27 +537,27 @@ cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   Params params{call, base + at.q8, base + at.k8, base + at.v8, floats(at.q_scale), floats(at.k_scale),
                 floats(at.v_scale), floats(at.v_mean), floats(at.v_norm)};
   params.query_rows = static_cast<int>(shape.query_tiles()) * kQueryTile;
+  params.group = shape.heads / shape.kv_heads;
   params.key_tiles = static_cast<int>(shape.key_tiles());
-  params.kv_per_head = static_cast<float>(shape.kv_heads) / shape.heads;
-  int bytes;
-  cudaError_t error = ring_size<D>(params.slots, bytes);
+  int slots;
+  cudaError_t error = ring_size<D>(slots, params.ring_bytes);
   if (error != cudaSuccess) return error;
+  params.ahead = (slots - 1) / 2;
   const auto kernel = int8_attention_mma<D, kMask>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, params.ring_bytes);
   if (error != cudaSuccess) return error;
-  for (int& first = params.first_batch; first < shape.batch; first += kMostBatches) {
-    const dim3 grid(static_cast<unsigned>(int8::ceil_div(shape.queries, C::kQueries)), shape.heads,
-                    std::min(kMostBatches, shape.batch - first));
-    kernel<<<grid, C::kThreads, bytes, stream>>>(params);
+  const int kv_heads = shape.batch * shape.kv_heads;
+  for (int& first = params.first_kv; first < kv_heads; first += kMostKv) {
+    const dim3 grid(static_cast<unsigned>(int8::ceil_div(shape.queries, C::kQueries)), params.group,
+                    std::min(kMostKv, kv_heads - first));
+    kernel<<<grid, C::kThreads, params.ring_bytes, stream>>>(params);
   }
   return cudaGetLastError();
 }
 
 template <int D>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
-  if (call.mask.data == nullptr) return launch<D, false>(call, stream);
-  const cudaError_t error = classify_mask_tiles(call, stream);
-  return error != cudaSuccess ? error : launch<D, true>(call, stream);
+  return call.mask.data == nullptr ? launch<D, false>(call, stream) : launch<D, true>(call, stream);
 }
 
 }  // namespace

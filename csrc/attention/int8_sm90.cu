@@ -487,8 +487,6 @@ cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   constexpr bool kFast = D != 256;  // there the products take twice as long as the exponentials: nothing to gain
   const bool fast = kFast && call.fast;
   if (call.mask.data == nullptr) return fast ? launch<D, false, kFast>(call, stream) : launch<D, false, false>(call, stream);
-  const cudaError_t error = classify_mask_tiles(call, stream);
-  if (error != cudaSuccess) return error;
   return fast ? launch<D, true, kFast>(call, stream) : launch<D, true, false>(call, stream);
 }
 

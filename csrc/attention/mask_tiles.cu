@@ -108,26 +108,25 @@ __global__ void __launch_bounds__(kThreads) classify_tiles(const __grid_constant
 }
 
 template <class Bits>
-cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
-  const Tensor4& mask = call.mask;
-  const int64_t tiles = MaskTileIndex(call.shape, mask).bytes;
+cudaError_t launch(const int8::Shape& shape, const Tensor4& mask, unsigned char* to, cudaStream_t stream) {
+  const int64_t tiles = MaskTileIndex(shape, mask).bytes;
   if (tiles > INT_MAX) return cudaErrorInvalidValue;  // blocks of a grid
   bool dense = mask.stride[3] == 1 && reinterpret_cast<uintptr_t>(mask.data) % sizeof(Four<Bits>) == 0;
   for (int i = 0; i < 3; ++i) dense = dense && mask.stride[i] % kKeys == 0;
   const auto kernel = dense ? classify_tiles<Bits, true> : classify_tiles<Bits, false>;
-  const Params params{call.shape, mask, pattern_of(mask.dtype), call.mask_tiles};
+  const Params params{shape, mask, pattern_of(mask.dtype), to};
   kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t classify_mask_tiles(const Int8Attend& call, cudaStream_t stream) {
-  switch (call.mask.dtype) {
-    case Dtype::kBool: return launch<uint8_t>(call, stream);
+cudaError_t classify_mask(const int8::Shape& shape, const Tensor4& mask, unsigned char* tiles, cudaStream_t stream) {
+  switch (mask.dtype) {
+    case Dtype::kBool: return launch<uint8_t>(shape, mask, tiles, stream);
     case Dtype::kFloat16:
-    case Dtype::kBFloat16: return launch<uint16_t>(call, stream);
-    case Dtype::kFloat32: return launch<uint32_t>(call, stream);
+    case Dtype::kBFloat16: return launch<uint16_t>(shape, mask, tiles, stream);
+    case Dtype::kFloat32: return launch<uint32_t>(shape, mask, tiles, stream);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -95,6 +95,28 @@ def test_the_inner_loop_with_the_work_is_the_main_one():
     assert loop.by_opcode == {"HGMMA.64x128x16": 1, "MUFU.EX2": 1, "BRA": 1}
 
 
+def test_the_path_takes_every_product_and_passes_what_is_rare():
+    imma = "IMMA.16832.S8.S8 R1, R2.ROW, R3.COL, R1"
+    instructions = code(
+        imma,  # 00
+        "@!P0 BRA 0x40",  # over a rare case
+        "MOV R1, R2",
+        "MOV R1, R2",
+        "@P1 BRA 0x80",  # 40: two products here, or one at 80
+        imma,
+        imma,
+        "BRA 0x90",
+        imma,  # 80
+        "@P2 BRA 0x90",  # 90: an inner loop that waits
+        "@P3 BRA 0x0",
+        "EXIT",
+    )
+    (loop,) = main_loops(instructions)
+    assert [x.address for x in loop.path] == [0x00, 0x10, 0x40, 0x50, 0x60, 0x70, 0x90, 0xA0]
+    assert loop.mma == 4
+    assert loop.macs == 3 * 128
+
+
 def test_every_loop_with_half_the_work_is_shown_short_ones_first():
     instructions = code(
         "QMMA.16832.F32 R1, R2, R3, R1", "MOV R1, R2", "@P0 BRA 0x0",

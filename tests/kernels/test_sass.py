@@ -13,7 +13,8 @@ from comfy_sage3.kernels.sass import Kernel, SassError
 
 
 def loop(*opcodes):
-    return Loop(tuple(Instruction(16 * i, "", opcode, "") for i, opcode in enumerate(opcodes)), 3)
+    body = tuple(Instruction(16 * i, "", opcode, "") for i, opcode in enumerate(opcodes))
+    return Loop(body, 3, body)
 
 
 def kernel(*loops, mangled="_Z4loopILi128ELb1EEvPi", spills=0, arch="90a", **resources):
@@ -28,10 +29,10 @@ def test_a_row_per_loop_and_a_block_per_kernel():
     lines = text.splitlines()
     assert lines[0] == "attention/x.cu: loop<128, true>"
     assert lines[1].split()[:2] == ["arch", "registers"]
-    assert lines[2].split() == ["sm_90a", "168", "0", "0", "0", "12", "3", "8", "4", "3.00"]
+    assert lines[2].split() == ["sm_90a", "168", "0", "0", "0", "12", "3", "12", "8", "4", "3.00"]
     assert lines[3].strip() == "8 IMMA.16832, 2 FFMA, 1 MUFU.EX2, 1 BRA"
-    assert lines[4].split() == ["11", "3", "7", "3.5", "3.14"]
-    assert lines[6].split() == ["sm_120a", "0", "0", "0", "0", "-", "-", "-", "-", "-"]
+    assert lines[4].split() == ["11", "3", "11", "7", "3.5", "3.14"]
+    assert lines[6].split() == ["sm_120a", "0", "0", "0", "0", "-", "-", "-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize(

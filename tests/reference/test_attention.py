@@ -1,5 +1,7 @@
 """The reference kernels against PyTorch's own attention and against each other."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from comfy_sage3.reference import (
     int8_attention_backward,
 )
 from comfy_sage3.reference.forward import LINEAR_BIAS, linear_exp2
+from comfy_sage3.reference.tiles import lazy_references
 
 LENGTHS = [1, 15, 16, 17, 97, 127, 128, 129, 257]
 KERNELS = {
@@ -175,7 +178,7 @@ def test_a_row_that_sees_nothing_does_not_get_the_mean_of_v():
     assert (out[:, :, 3].mean(-1) - 3.0).abs().max() < 1.0
 
 
-def test_four_bits_on_normal_inputs_reach_what_a_search_of_scales_can():
+def test_four_bits_on_normal_inputs_gain_by_the_choice_of_scales():
     """N(0,1), head_dim 128, 2048 tokens: the paper's choice leaves a relative L2 error of 0.192."""
     q, k, v = inputs(512, 2048, head_dim=128)
     exact, _ = exact_attention(q, k, v)
@@ -184,9 +187,57 @@ def test_four_bits_on_normal_inputs_reach_what_a_search_of_scales_can():
         out, _ = fp4_attention(q, k, v, options=options)
         return float((out - exact).norm() / exact.norm()), cosine(out, exact)
 
-    six, searched = error(Fp4Options()), error(OUR_FP4)
-    assert searched[0] <= 0.175 < 0.185 < six[0]
-    assert searched[1] >= 0.984
+    six, ours = error(Fp4Options()), error(OUR_FP4)
+    assert ours[0] <= 0.175 < 0.185 < six[0]
+    assert ours[1] >= 0.984
+
+
+def test_the_kernels_operands_leave_no_other_choice():
+    with pytest.raises(InputError, match="kernel_operands needs smooth_v"):
+        Fp4Options(kernel_operands=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [0.2, -0.2])
+def test_the_kernels_operands_serve_every_shape(causal, scale):
+    for q_tokens, k_tokens, head_dim, heads in ((1, 1, 40, 2), (130, 257, 24, 4), (300, 300, 64, 6)):
+        q, k, v = inputs(q_tokens, k_tokens, head_dim, heads=heads)
+        out, lse = fp4_attention(q, k, v + 3, is_causal=causal, scale=scale, options=OUR_FP4)
+        exact, exact_lse = exact_attention(q, k, v + 3, is_causal=causal, scale=scale)
+        assert (out - exact).norm() < 0.15 * exact.norm()
+        assert (lse - exact_lse).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("drop", [60.0, 1e4])
+@pytest.mark.parametrize("first_seen", [0, 512])
+def test_a_lazy_reference_survives_scores_that_fall_or_begin_late(drop, first_seen):
+    """From tile to tile by more than fp32 could follow, and in a later run of tiles than the first."""
+    q, k, v = inputs(20, 1300, 64)
+    bias = -drop * torch.arange(11).repeat_interleave(128)[:1300].clamp(max=3)
+    bias[:first_seen] = -torch.inf
+    out, lse = fp4_attention(q, k, v, mask=bias.expand(20, -1), options=OUR_FP4)
+    exact, exact_lse = exact_attention(q, k, v, mask=bias.expand(20, -1))
+    assert (out - exact).norm() < 0.3 * exact.norm()
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=0.2)
+
+
+def test_lazy_references_do_not_depend_on_how_tiles_are_cut():
+    g = torch.Generator().manual_seed(0)
+    block_max = 8 * torch.randn(2, 8 * 9, 5, generator=g)
+    block_max[0, 8:24] = -torch.inf
+    state = torch.full((2, 2, 5), -torch.inf)
+    whole, _, end = lazy_references(block_max, state, 8)
+    pieces = []
+    for piece in block_max.split((16, 40, 16), 1):
+        reference, factor, state = lazy_references(piece, state, 8)
+        torch.testing.assert_close(factor, torch.exp(reference - state[:, :1]))
+        pieces.append(reference)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(state, end)
+    above = (block_max.unflatten(1, (-1, 8)).amax(2) - whole[:, ::8]) / math.log(2)
+    seen = above > -torch.inf
+    assert (above[seen] <= 2 + 1e-4).all()
+    assert (above[seen] >= -3 - 1e-4).all()
 
 
 def test_the_official_sum_is_that_of_the_weights_before_rounding():

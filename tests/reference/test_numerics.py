@@ -43,8 +43,13 @@ def test_nvfp4_is_better_than_mxfp4(tables):
 
 
 def test_two_level_p_is_better_than_direct(tables):
-    direct, running, _ = errors(tables, "p")
-    assert running < direct
+    direct, *two_level = errors(tables, "p")
+    assert max(two_level) < direct
+
+
+def test_four_scales_gain_most_of_what_nine_do(tables):
+    six, _, four, nine, *_ = errors(tables, "scale")
+    assert nine < four < six - 0.8 * (six - nine)
 
 
 def rows_of(text):

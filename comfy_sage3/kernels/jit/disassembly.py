@@ -51,15 +51,20 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions of one loop; ``aside`` counts those that ptxas moved behind it (slow paths)."""
+    """The instructions of one loop.
+
+    ``aside`` counts those that ptxas moved behind it (slow paths). ``path`` is what one turn executes at the least: of
+    the ways around with the most products, the shortest one, past what is rarely needed.
+    """
 
     body: tuple[Instruction, ...]
     aside: int
+    path: tuple[Instruction, ...] = ()
 
     @property
     def by_opcode(self) -> Counter[str]:
-        """How many of each; tensor-core instructions with their shape, MUFU with its function."""
-        return Counter(_kind(x) for x in self.body)
+        """How many of each on the path; tensor-core instructions with their shape, MUFU with its function."""
+        return Counter(_kind(x) for x in self.path)
 
     @property
     def mma(self) -> int:
@@ -68,8 +73,8 @@ class Loop:
 
     @property
     def macs(self) -> float:
-        """Multiply-adds of the tensor cores, per thread."""
-        return sum(_macs(x.opcode) for x in self.body)
+        """Multiply-adds of the tensor cores on the path, per thread."""
+        return sum(_macs(x.opcode) for x in self.path)
 
     @property
     def local_memory(self) -> int:
@@ -257,4 +262,32 @@ def _loop(blocks: list[list[Instruction]], head: int, members: set[int], after: 
     latch = max(i for i in members if head in after[i])
     body = [x for i in sorted(members) if head <= i <= latch for x in blocks[i]]
     aside = sum(len(blocks[i]) for i in members if not head <= i <= latch)
-    return Loop(tuple(body), aside)
+    return Loop(tuple(body), aside, tuple(x for i in _path(blocks, head, members, after) for x in blocks[i]))
+
+
+def _path(blocks: list[list[Instruction]], head: int, members: set[int], after: list[list[int]]) -> list[int]:
+    """The way around that has the most products and, of those, the fewest instructions. Inner loops are not gone round."""
+    best: dict[int, tuple[int, int, int | None]] = {}  # from a block to the jump back: products, -instructions, the next
+    waiting = [head]
+    entered: set[int] = set()
+    while waiting:
+        block = waiting[-1]
+        nexts = [n for n in after[block] if n in members and n != head]
+        entered.add(block)
+        unknown = [n for n in nexts if n not in best and n not in entered]
+        if unknown:
+            waiting.append(unknown[0])
+            continue
+        waiting.pop()
+        ways = [best[n] + (n,) for n in nexts if n in best]
+        ends = [(0, 0, None, None)] if head in after[block] else []
+        options = [(products, length, n) for products, length, _, n in [*ways, *ends]]
+        if options:  # else: nothing but the way back into an inner loop
+            products, length, following = max(options, key=lambda o: o[:2])
+            mma = sum(1 for x in blocks[block] if MMA.match(x.opcode))
+            best[block] = (products + mma, length - len(blocks[block]), following)
+    found, at = [], head if head in best else None
+    while at is not None:
+        found.append(at)
+        at = best[at][2]
+    return found

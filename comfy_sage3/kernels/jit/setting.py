@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..sources import PACKAGE, Tree, find_tree
+from ..sources import EMULATED, PACKAGE, SOURCES, Tree, find_tree
 from . import cache
 from .lock import TIMEOUT
 from .machine import Machine
@@ -17,6 +18,11 @@ from .switches import Switches, cache_root
 from .torch_build import TorchBuild
 
 PREBUILT = PACKAGE / "kernels" / "prebuilt"
+
+
+def tree_here() -> Tree | None:
+    """This package's sources, the 4-bit kernels for more GPUs where SAGE3_EMULATE_FP4 asks for it."""
+    return find_tree(rows=EMULATED if Switches.read(os.environ).emulate_fp4 else SOURCES)
 
 
 def open_library(path: Path) -> None:
@@ -30,7 +36,7 @@ class Setting:
 
     machine: Machine = field(default_factory=Machine)
     torch: TorchBuild = field(default_factory=TorchBuild.here)
-    tree: Tree | None = field(default_factory=find_tree)
+    tree: Tree | None = field(default_factory=tree_here)
     archs: tuple[str, ...] | None = None  # None: those of the GPUs that are there
     prebuilt: Path = PREBUILT
     root: Path | None = None  # None: the user's cache folder

@@ -17,6 +17,7 @@ class Switches:
     cache_dir: str = ""
     disable_build: str = ""
     dump_sass: str = ""
+    emulate_fp4: str = ""
     fail_on_spills: str = ""
     force_reference: str = ""
     lineinfo: str = ""

@@ -33,7 +33,7 @@ struct Int8Attend {
   Tensor4 out;            // (B, H, Lq, head_dim); data is written; channels are dense (stride[3] == 1)
   float* lse;             // null, or (B, H, Lq): natural log-sum-exp; holds the mean's part already
   Tensor4 mask;           // (B, H, Lq, Lk), strides 0 where broadcast; bool (true = attend) or floating; data null: none
-  unsigned char* mask_tiles;  // with a mask: MaskTileIndex(shape, mask).bytes of scratch
+  const unsigned char* mask_tiles;  // with a mask: its tiles, classified (mask_tiles.cuh)
   bool causal;            // query i attends keys 0..i
   bool fast;              // exponentials within 6 % in place of exact ones; sm90 only
   int multiprocessors;

@@ -35,7 +35,7 @@ struct MaskTileIndex {
   }
 };
 
-// Fills call.mask_tiles from call.mask; the attention kernels of call run after it on the same stream.
-cudaError_t classify_mask_tiles(const Int8Attend& call, cudaStream_t stream);
+// Fills `tiles`, MaskTileIndex(shape, mask).bytes, which the attention kernels read.
+cudaError_t classify_mask(const int8::Shape& shape, const Tensor4& mask, unsigned char* tiles, cudaStream_t stream);
 
 }  // namespace sage3

@@ -156,6 +156,19 @@ __device__ __forceinline__ uint32_t pack_e2m1(const float (&x)[8]) {
 #endif
 }
 
+#if !SAGE3_HAS_NVFP4_MMA
+// One copy of the emulation a kernel: it is long, and kernels have a hundred products.
+__device__ __noinline__ inline float4 mma_called(uint4 a, uint2 b, float4 c, uint32_t scale_a, int selector_a, uint32_t scale_b,
+                                                 int selector_b) {
+  const uint32_t of_a[4] = {a.x, a.y, a.z, a.w}, of_b[2] = {b.x, b.y};
+  const float from[4] = {c.x, c.y, c.z, c.w};
+  float d[4];
+  mma_emulated(d, of_a, of_b, from, scale_a, selector_a, scale_b, selector_b, static_cast<int>(threadIdx.x % 32),
+               [](uint32_t word, int lane) { return __shfl_sync(0xffffffffu, word, lane); });
+  return make_float4(d[0], d[1], d[2], d[3]);
+}
+#endif
+
 // D = A B * scales + C; the selectors say which lanes' scales count. All 32 lanes. OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X
 template <int kSelectorA, int kSelectorB>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
@@ -163,15 +176,16 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   static_assert(kSelectorA == 0 || kSelectorA == 1);
   static_assert(kSelectorB >= 0 && kSelectorB < 4);
 #if SAGE3_HAS_NVFP4_MMA
-  asm volatile(
+  asm(
       "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13}, {%14}, {0, %16}, {%15}, {0, %17};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]),
         "r"(scale_a), "r"(scale_b), "n"(kSelectorA), "n"(kSelectorB));
 #else
-  mma_emulated(d, a, b, c, scale_a, kSelectorA, scale_b, kSelectorB, static_cast<int>(threadIdx.x % 32),
-               [](uint32_t word, int lane) { return __shfl_sync(0xffffffffu, word, lane); });
+  const float4 sum = mma_called(make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]), make_float4(c[0], c[1], c[2], c[3]),
+                                scale_a, kSelectorA, scale_b, kSelectorB);
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
 }
 

@@ -4,6 +4,9 @@
 // that attends nothing (inverse 0) is 0.
 #pragma once
 
+#include <cstddef>
+#include <type_traits>
+
 #include "sage3/launch.h"
 #include "sage3/numeric.cuh"
 
@@ -34,11 +37,14 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
   }
 }
 
-// `row0` is the query of the warp's first row; v_mean and v_norm are those of the kv head.
-template <int D>
+// `row0` is the query of the warp's first row; v_mean and v_norm are those of the kv head; no v_norm (null) is ones. The
+// channels are those from channel0 on.
+template <int D, class Norm, class Call>
 __device__ __forceinline__ void store_output(const float (&o)[D / 2], const float (&inverse)[2], const float* v_mean,
-                                             const float* v_norm, const Int8Attend& call, int batch, int head, int row0) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+                                             Norm v_norm, const Call& call, int batch, int head, int row0,
+                                             int lane = threadIdx.x % 32, int channel0 = 0) {
+  constexpr bool kNorms = !std::is_same_v<Norm, std::nullptr_t>;
+  const int g = lane / 4, t = lane % 4;
   const int head_dim = call.shape.head_dim;
   const Tensor4& out = call.out;
   const bool wide = out.dtype != Dtype::kFloat32;
@@ -50,9 +56,10 @@ __device__ __forceinline__ void store_output(const float (&o)[D / 2], const floa
     if (block % kAhead == 0) {
 #pragma unroll
       for (int i = 0; i < 4 * kAhead; ++i) {
-        const int channel = 32 * block + 8 * i + 2 * t;
+        const int channel = channel0 + 32 * block + 8 * i + 2 * t;
         mean[i] = *reinterpret_cast<const float2*>(v_mean + channel);
-        norm[i] = *reinterpret_cast<const float2*>(v_norm + channel);
+        norm[i] = make_float2(1.0f, 1.0f);
+        if constexpr (kNorms) norm[i] = *reinterpret_cast<const float2*>(v_norm + channel);
       }
     }
 #pragma unroll
@@ -73,7 +80,7 @@ __device__ __forceinline__ void store_output(const float (&o)[D / 2], const floa
 #pragma unroll
         for (int i = 0; i < 4; ++i) word[i] = pack_16bit(value[2 * i], value[2 * i + 1], out.dtype);
         quad_transpose(word, t);  // now word i holds channels 2i, 2i + 1 of n8 tile t
-        const int channel = 32 * block + 8 * t;
+        const int channel = channel0 + 32 * block + 8 * t;
         uint16_t* const to = reinterpret_cast<uint16_t*>(base) + row + channel;
         if (mine && channel + 8 <= head_dim && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
           *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
@@ -87,7 +94,7 @@ __device__ __forceinline__ void store_output(const float (&o)[D / 2], const floa
         float* const to = reinterpret_cast<float*>(base) + row;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int channel = 32 * block + 8 * (i / 2) + 2 * t + i % 2;
+          const int channel = channel0 + 32 * block + 8 * (i / 2) + 2 * t + i % 2;
           if (channel < head_dim) to[channel] = value[i];
         }
       }

@@ -1,0 +1,198 @@
+// What smoothing Q takes from the scores of the 4-bit attention: delta of nvfp4_format.cuh, for a chunk of the jobs.
+//
+// delta = (q_mean * sign / q_level) . ((k - k_mean) / k_level) of every tile of queries and every token, in fp32: a product
+// of matrices, a hundredth of the attention's. One block: one tile of keys, which it reads once, and up to 64 tiles of
+// queries that share its head; a thread computes 8 x 8, and the contraction goes through shared memory 32 channels at a
+// time. Causal: tiles of keys that no query of the block sees are left out.
+
+#include <algorithm>
+#include <climits>
+
+#include "sage3/channels.cuh"
+#include "sage3/launch_fp4.h"
+
+namespace sage3 {
+namespace {
+
+using nvfp4::kTile;
+
+constexpr int kThreads = 128;
+constexpr int kJobs = 64;      // query tiles of a block
+constexpr int kChannels = 32;  // at a time
+
+struct Params {
+  Fp4Correct call;
+  nvfp4::Workspace at;
+  int d;
+  int first_head;    // of K, with the batch
+  int parts;         // blocks of a tile of keys
+
+  template <class Part>
+  __device__ __forceinline__ const Part* part(int64_t offset) const {
+    return reinterpret_cast<const Part*>(static_cast<const unsigned char*>(call.workspace) + offset);
+  }
+};
+
+// The query tiles that share a head of K, in the order of their jobs, so that those of a chunk follow each other.
+struct SharedJobs {
+  int64_t first_head, heads, all_heads, query_tiles;
+  bool causal;
+
+  SAGE3_HD int64_t job(int64_t i) const {
+    return causal ? i / heads * all_heads + first_head + i % heads : first_head * query_tiles + i;
+  }
+
+  // How many of them are jobs below `end`.
+  SAGE3_HD int64_t below(int64_t end) const {
+    const int64_t all = heads * query_tiles;
+    const int64_t rest = end % all_heads - first_head;  // of the last, partial row of jobs
+    const int64_t count =
+        causal ? end / all_heads * heads + (rest < 0 ? 0 : rest < heads ? rest : heads) : end - first_head * query_tiles;
+    return count < 0 ? 0 : count < all ? count : all;
+  }
+};
+
+// Both operands, channel by channel. Four numbers lie together; which four is mixed with the channel, so that writing a
+// column of channels meets no bank twice.
+struct Shared {
+  float4 queries[kChannels][kJobs / 4], keys[kChannels][kTile / 4];
+  float factor[kJobs];     // of q_mean
+  int64_t mean_of[kJobs];  // number of the query tile among all
+};
+
+__device__ __forceinline__ float& query_at(Shared& shared, int channel, int job) {
+  return reinterpret_cast<float*>(shared.queries[channel])[job ^ (channel / 4 % 8 * 4)];
+}
+__device__ __forceinline__ float& key_at(Shared& shared, int channel, int token) {
+  return reinterpret_cast<float*>(shared.keys[channel])[token ^ (channel / 8 * 8)];
+}
+
+template <class T, bool kDense>
+__global__ void __launch_bounds__(kThreads, 4) fp4_correct_tiles(const __grid_constant__ Params p) {
+  __shared__ Shared shared;
+  const nvfp4::Shape& shape = p.call.shape;
+  const int part = blockIdx.x % p.parts, tile = blockIdx.x / p.parts % p.at.key_tiles;
+  const int kv = p.first_head + blockIdx.x / p.parts / p.at.key_tiles;
+  const int group = shape.heads / shape.kv_heads;
+  const SharedJobs mine{int64_t(kv) * group, group, int64_t(shape.batch) * shape.heads, p.at.query_tiles, p.call.causal};
+  const int64_t first = mine.below(p.call.first_job) + int64_t(part) * kJobs;
+  const int count = static_cast<int>(min(mine.below(p.call.first_job + p.call.jobs) - first, int64_t(kJobs)));
+  if (count <= 0) return;
+  const auto job_of = [&](int i) {
+    return nvfp4::Job(mine.job(first + i), p.at.query_tiles, mine.all_heads, p.call.causal);
+  };
+  if (p.call.causal && tile > job_of(0).tile) return;  // the others come before it
+
+  if (threadIdx.x < kJobs) {
+    const nvfp4::Job job = job_of(min(int(threadIdx.x), count - 1));
+    const int64_t at = job.head * p.at.query_tiles + job.tile, record = nvfp4::query_record(p.d);
+    const auto* const level = p.part<float>(p.at.queries + (at + 1) * record - nvfp4::kLevelBytes);
+    shared.factor[threadIdx.x] = copysignf(1.0f, p.call.scale) / *level;
+    shared.mean_of[threadIdx.x] = at;
+  }
+  const int64_t key_record = nvfp4::key_record(p.d), at_tile = int64_t(kv) * p.at.key_tiles + tile;
+  const float key_factor = 1.0f / *p.part<float>(p.at.keys + (at_tile + 1) * key_record - nvfp4::kLevelBytes);
+  const HeadRows<T, kDense> rows(p.call.k, kv / shape.kv_heads, kv % shape.kv_heads, shape.head_dim);
+  const float* const k_mean = p.part<float>(p.at.k_mean) + int64_t(kv) * p.d;
+  const float* const q_mean = p.part<float>(p.at.q_mean);
+
+  const int x = threadIdx.x % 16, y = threadIdx.x / 16;  // tokens 4x.. and 64 + 4x.., jobs 8y..
+  float sum[8][8] = {};                                  // [job][token]
+#pragma unroll 1
+  for (int slab = 0; slab < p.d; slab += kChannels) {
+    __syncthreads();
+    constexpr int kChunks = kChannels / kChunk, kTurns = kTile * kChunks / kThreads;
+    const int column = threadIdx.x % kChunks * kChunk;
+    Chunk<T> k[kTurns];
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int token = tile * kTile + threadIdx.x / kChunks + i * (kThreads / kChunks);
+      k[i] = rows.load(token, slab + column, token < shape.keys);
+    }
+    constexpr int kFours = kChannels / 4, kQueryTurns = kJobs * kFours / kThreads;
+#pragma unroll
+    for (int i = 0; i < kQueryTurns; ++i) {
+      const int job = threadIdx.x / kFours + i * (kThreads / kFours), channel = threadIdx.x % kFours * 4;
+      const float4 mean = *reinterpret_cast<const float4*>(q_mean + shared.mean_of[job] * p.d + slab + channel);
+      const float factor = shared.factor[job];
+      query_at(shared, channel, job) = mean.x * factor, query_at(shared, channel + 1, job) = mean.y * factor;
+      query_at(shared, channel + 2, job) = mean.z * factor, query_at(shared, channel + 3, job) = mean.w * factor;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      const float mean = k_mean[slab + column + c];
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        const int token = threadIdx.x / kChunks + i * (kThreads / kChunks);
+        const bool there = tile * kTile + token < shape.keys;
+        key_at(shared, column + c, token) = there ? (k[i][c] - mean) * key_factor : 0.0f;
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 * 16 >= count) continue;  // a warp without jobs
+#pragma unroll 8
+    for (int c = 0; c < kChannels; ++c) {
+      float4 a[2], b[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[i] = shared.queries[c][(2 * y + i) ^ c / 4 % 8];
+        b[i] = shared.keys[c][(x + 16 * i) ^ c / 8 * 2];
+      }
+      const float query[8] = {a[0].x, a[0].y, a[0].z, a[0].w, a[1].x, a[1].y, a[1].z, a[1].w};
+      const float key[8] = {b[0].x, b[0].y, b[0].z, b[0].w, b[1].x, b[1].y, b[1].z, b[1].w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum[i][n] = fmaf(query[i], key[n], sum[i][n]);
+      }
+    }
+  }
+
+  float* const delta = reinterpret_cast<float*>(static_cast<unsigned char*>(p.call.workspace) + p.at.delta);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int n = 8 * y + i;
+    if (n >= count) break;
+    const int64_t local = mine.job(first + n) - p.call.first_job;
+    float* const to = delta + (local * p.at.key_tiles + tile) * nvfp4::kDeltaFloats;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const float d0 = sum[i][2 * pair], d1 = sum[i][2 * pair + 1];
+      const int token = pair / 2 * 64 + 4 * x + pair % 2 * 2;
+      *reinterpret_cast<float4*>(to + nvfp4::delta_offset(token)) = make_float4(d0, d1, d0, d1);
+    }
+  }
+}
+
+template <class T>
+cudaError_t launch(const Fp4Correct& call, cudaStream_t stream) {
+  const nvfp4::Shape& shape = call.shape;
+  Params params{call, nvfp4::Workspace(shape), nvfp4::padded_head_dim(shape.head_dim)};
+  const int64_t group = shape.heads / shape.kv_heads, per_head = group * params.at.query_tiles;
+  int64_t heads = int64_t(shape.batch) * shape.kv_heads, most = std::min(per_head, call.jobs);
+  if (call.causal) {  // rows of jobs go through all heads, and the chunk may begin and end inside of one
+    most = std::min(per_head, (call.jobs / (heads * group) + 2) * group);
+  } else {
+    params.first_head = static_cast<int>(call.first_job / per_head);
+    heads = (call.first_job + call.jobs - 1) / per_head - params.first_head + 1;
+  }
+  params.parts = static_cast<int>(nvfp4::ceil_div(most, kJobs));
+  const int64_t blocks = heads * params.at.key_tiles * params.parts;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  const auto kernel = is_dense(call.k, shape.head_dim) ? fp4_correct_tiles<T, true> : fp4_correct_tiles<T, false>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t fp4_correct(const Fp4Correct& call, cudaStream_t stream) {
+  switch (call.k.dtype) {
+    case Dtype::kFloat16: return launch<__half>(call, stream);
+    case Dtype::kBFloat16: return launch<__nv_bfloat16>(call, stream);
+    case Dtype::kFloat32: return launch<float>(call, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace sage3
