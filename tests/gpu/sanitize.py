@@ -9,8 +9,8 @@
 Build the kernels before (python -m comfy_sage3 build), or the compiler runs under the tool too. ``--kernel sm90`` and
 ``--only causal`` narrow it down; SAGE3_LINEINFO=1 gives line numbers. racecheck does not know that a bulk copy (TMA)
 signals an mbarrier, and reports hazards between such a copy and the reads that wait for it: those are false. Nor does it
-credit __syncwarp() before lane 0 arrives for its warp, and reports a write after the other lanes' reads where a slot of a ring
-is used again: with all 32 lanes arriving, and the barrier's count raised to match, the mma kernel has no hazard.
+credit __syncwarp() before lane 0 arrives for its warp, and reports a write after the other lanes' reads where a slot of a
+ring is used again: with all 32 lanes arriving, and the barrier's count raised to match, the mma kernel has no hazard.
 leak-check names what torch keeps until the process ends. Exits with 1 where a result is wrong, 2 where no kernel is.
 """
 
