@@ -323,10 +323,11 @@ struct Reference {
   static constexpr float kReach = (kUp + kDown) / 2;
   __device__ __forceinline__ float off(int r, float raw, float c) const { return fabsf(fmaf(raw, c, -middle[r])); }
 
-  // Moves m to the maximum; returns what O and the sum are to be multiplied by. highest: of all maxima so far.
-  __device__ __forceinline__ float move(int r, float maximum, float& highest) {
+  // Moves m to the maximum; returns what O and the sum are to be multiplied by. highest: that m ever was; `used`: O and the
+  // sum hold something relative to the old one.
+  __device__ __forceinline__ float move(int r, float maximum, float& highest, bool used) {
     const float whole = ceilf(maximum), old = m(r);
-    highest = fmaxf(highest, whole);
+    highest = fmaxf(fmaxf(highest, whole), used ? old : whole);
     const float moved = fmaxf(whole, highest - kFloor);
     middle[r] = moved + kMiddle, sixth[r] = kLog2Sixth - moved, reach[r] = kLog2Reach - moved;
     return exp2_approx(fminf(old - moved, 126.0f));  // before the first tile O is 0
@@ -497,7 +498,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared<D>& shared, int w
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!astray(r) || top[r] == kNegativeInfinity) continue;  // or the row sees nothing here
-        const float factor = reference.move(r, c * top[r], highest[r]);
+        const float factor = reference.move(r, c * top[r], highest[r], sum[2 * r] != 0.0f);
         sum[2 * r] *= factor, sum[2 * r + 1] *= factor;
 #pragma unroll
         for (int i = 0; i < kChannels / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
