@@ -27,7 +27,7 @@ FLOORS = (
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OF_ROOM = {"__main__": "cli", "checks": "attention"}  # modules that belong to a room of another name
+OF_ROOM = {"__main__": "cli", "checks": "attention", "verify": "doctor"}  # modules that belong to a room of another name
 
 # Of the floors below, these rooms may know only so much.
 ONLY = {"reference": {"errors"}, "pack": {"comfyui"}}

@@ -30,6 +30,7 @@ from .formats import (
     pad_to,
     quantize_int8,
     round_blocks,
+    round_e4m3,
     round_fp8_channels,
     round_int8_channels,
     round_magnitude_,
@@ -83,6 +84,8 @@ class Fp4Options:
 
     def __post_init__(self) -> None:
         _one_of("p_reference", self.p_reference, ("tile", "running", "lazy"))
+        if self.p_reference == "lazy" and (self.block_format != "nvfp4" or self.official_p):
+            raise InputError('p_reference is "lazy": that needs the block format "nvfp4", and not official_p.')
         _one_of("block_scale", self.block_scale, get_args(ScaleChoice))
         _one_of("block_format", self.block_format, tuple(BLOCK_SIZE))
         _one_of("rotate", self.rotate, ("none", "hadamard", "smoothquant"))
@@ -357,40 +360,54 @@ def _weigh_exact(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Te
 
 
 def _weigh_fp4(options: Fp4Options) -> WeightRule:
+    if options.two_level_p and options.p_reference == "lazy":
+        return _weigh_fp4_lazily(options)
     block = BLOCK_SIZE[options.block_format]
     reach = E4M3_MAX * E2M1_MAX if options.two_level_p else 1.0
-    lazy = options.two_level_p and options.p_reference == "lazy"
-    if lazy:
-        reach /= 2.0**LAZY_UP  # P may exceed its reference by that
     own_tile = options.two_level_p and options.p_reference == "tile"
 
     def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
         """P = e2m1(exp(S - ref) * reach / s) * s / reach with s the ROUNDED block scale of exp(max - ref) * reach."""
-        per_tile = options.kv_tile // block
-        if lazy:
-            reference, factor, new = lazy_references(block_max, maximum, per_tile)
-        else:
-            reference, factor, new = references(block_max, maximum, per_tile, own_tile)
+        reference, factor, new = references(block_max, maximum, options.kv_tile // block, own_tile)
         largest = torch.exp(block_max - reference).mul_(reach)
-        scale = block_scales(largest, options.block_format).to(scores.dtype).div_(reach)
+        scale = block_scales(largest, options.block_format).div_(reach)
+        divisor = largest.div_(E2M1_MAX * reach) if options.official_p else scale
+        divisor = divisor.masked_fill(scale == 0, torch.inf)  # such a block becomes 0
         blocks = scores.unflatten(1, (-1, block))
-        growth = None
-        if lazy:  # as the kernel does, divide in the exponent, of base 2 and rounded to fp32
-            power = (-reference * math.log2(math.e) - torch.log2(scale)).float()
-            power = power.masked_fill(scale == 0, -torch.inf)  # such a block becomes 0
-            blocks.mul_(math.log2(math.e)).add_(power.unsqueeze(2))
-            scores.copy_(scores.float()).exp2_().clamp_(max=E2M1_MAX)
-        else:
-            divisor = largest.div_(E2M1_MAX * reach) if options.official_p else scale
-            blocks.sub_(reference.unsqueeze(2)).exp_()
-            if options.official_p:
-                growth = (blocks * factor.unsqueeze(2)).sum((1, 2)).unsqueeze(1)
-            blocks.div_(divisor.masked_fill(scale == 0, torch.inf).unsqueeze(2)).clamp_(max=E2M1_MAX)
+        blocks.sub_(reference.unsqueeze(2)).exp_()
+        growth = (blocks * factor.unsqueeze(2)).sum((1, 2)).unsqueeze(1) if options.official_p else None
+        blocks.div_(divisor.unsqueeze(2)).clamp_(max=E2M1_MAX)
         codes = scores.float()  # scores itself, unless it is fp64
         round_magnitude_(codes, torch.empty_like(codes), mantissa_bits=1, min_exponent=0)
         scores.copy_(codes)
         blocks.mul_(factor.mul_(scale).unsqueeze(2))
         return new, growth
+
+    return weigh
+
+
+def _weigh_fp4_lazily(options: Fp4Options) -> WeightRule:
+    """In base 2 and relative to whole powers of it, as the kernel computes: every sum in an exponent is rounded to fp32."""
+    block = BLOCK_SIZE[options.block_format]
+    log2_reach, log2_sixth = (
+        float(torch.tensor(math.log2(x) - LAZY_UP, dtype=torch.float32)) for x in (E4M3_MAX * E2M1_MAX, E4M3_MAX)
+    )
+
+    def weigh(scores: Tensor, block_max: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor | None]:
+        """P = e2m1(2^(S - m + reach - log2 s)) * s / 2^reach with s = e4m3(2^(max - m + reach) / 6), the block's scale."""
+        reference, factor, new = lazy_references(block_max, maximum, options.kv_tile // block)
+        m = (reference * math.log2(math.e)).round()
+        sixth = ((log2_sixth - m).float() + block_max * math.log2(math.e)).float().exp2()
+        scale = round_e4m3(sixth).to(scores.dtype)
+        power = ((log2_reach - m).float() - torch.log2(scale)).float()
+        power = power.masked_fill(scale == 0, -torch.inf)  # such a block becomes 0
+        blocks = scores.unflatten(1, (-1, block))
+        blocks.mul_(math.log2(math.e)).add_(power.unsqueeze(2))
+        codes = scores.float().exp2_().clamp_(max=E2M1_MAX)
+        round_magnitude_(codes, torch.empty_like(codes), mantissa_bits=1, min_exponent=0)
+        scores.copy_(codes)
+        blocks.mul_(factor.mul_(scale.div_(2.0**log2_reach)).unsqueeze(2))
+        return new, None
 
     return weigh
 
