@@ -32,7 +32,7 @@ def test_every_variant_is_there(kernels):
 
 
 def test_nothing_spills(kernels):
-    """Not a byte. Head dim 256, at the limit of registers: none with nvcc 13.0, a few once a job with 13.5, never in a loop."""
+    """Not a byte. Head dim 256, at the limit of registers: none with nvcc 13.0, a few a job with 13.5, never in a loop."""
     assert [(k.arch, k.name, k.resources.spills) for k in kernels if k.resources.spills and "<256," not in k.name] == []
     assert [(k.arch, k.name, k.fault) for k in kernels if k.fault] == []
 
