@@ -14,7 +14,7 @@ class WeightsError(Sage3Error):
 
 
 class KernelError(Sage3Error):
-    """A compiled kernel that is needed and not there."""
+    """A compiled kernel that is needed and not there, or that failed where a failure is to stop the run."""
 
 
 class EngineError(Sage3Error):

@@ -13,9 +13,11 @@ from ..demo.prompts import embed, parse
 from ..errors import InputError, WeightsError
 from ..precision import MIN_TOKENS, Precision, PrecisionPlan
 from . import status
+from .layers import LayerList
 from .override import Hook, hooks_of, install
 
 log = logging.getLogger("comfy_sage3")
+FALL_BACK, STOP = "fall back", "stop"
 EXAMPLE = "a large red circle moving left quickly on a black background"
 
 
@@ -32,11 +34,15 @@ def register_weights() -> None:
             folder_paths.add_model_folder_path(kind, str(weights_folder()))
 
 
+def _where_known(make: Any, *args: Any, known: dict[str, Any], **options: Any) -> Any:
+    """``make`` with those of ``known`` that this ComfyUI's version of it takes: 0.3.64 takes fewer."""
+    takes = inspect.signature(make).parameters
+    return make(*args, **options, **{name: value for name, value in known.items() if name in takes})
+
+
 def _advanced(make: Any, *args: Any, **options: Any) -> Any:
-    """An input folded away by default where this ComfyUI knows how to (newer than 0.3.64)."""
-    if "advanced" in inspect.signature(make).parameters:
-        options["advanced"] = True
-    return make(*args, **options)
+    """An input folded away by default."""
+    return _where_known(make, *args, known={"advanced": True}, **options)
 
 
 class Sage3Attention(io.ComfyNode):
@@ -44,7 +50,9 @@ class Sage3Attention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _where_known(
+            io.Schema,
+            known={"search_aliases": ["sage attention", "sageattention", "sageattn3", "fp4 attention", "int8 attention"]},
             node_id="Sage3Attention",
             display_name="Sage3 Attention",
             category="sage3",
@@ -95,6 +103,23 @@ class Sage3Attention(io.ComfyNode):
                     tooltip="Run the chosen method in plain PyTorch where no kernel exists: "
                     "real quality, no speed.",
                 ),
+                _advanced(
+                    io.String.Input,
+                    "exact_layers",
+                    default="",
+                    optional=True,
+                    tooltip='Layers that stay exact, such as "0, 1, 28-29", or "double 0-2, single 37" where a model has '
+                    "kinds. Needs a model that says which layer calls (ComfyUI 0.5 or newer; the report says if not).",
+                ),
+                _advanced(
+                    io.Combo.Input,
+                    "on_trouble",
+                    options=[FALL_BACK, STOP],
+                    default=FALL_BACK,
+                    optional=True,
+                    tooltip="When a kernel fails, or a layer's first result is not finite or disagrees with exact "
+                    "attention: fall back to exact attention and say so, or stop.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -102,11 +127,15 @@ class Sage3Attention(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, start_percent: float | None = None, end_percent: float | None = None
+        cls, start_percent: float | None = None, end_percent: float | None = None, exact_layers: str | None = None
     ) -> bool | str:
         # a linked value is None here; execute checks it
         if start_percent is not None and end_percent is not None and start_percent > end_percent:
             return f"start_percent {start_percent} lies after end_percent {end_percent}: swap them."
+        try:
+            LayerList.parse(exact_layers or "")
+        except InputError as error:
+            return f"exact_layers: {error}"
         return True
 
     @classmethod
@@ -118,9 +147,14 @@ class Sage3Attention(io.ComfyNode):
         end_percent: float,
         min_tokens: int,
         emulate: bool,
+        exact_layers: str = "",
+        on_trouble: str = FALL_BACK,
     ) -> io.NodeOutput:
         plan = PrecisionPlan(Precision.parse(precision), start_percent, end_percent, min_tokens)
-        hook = Hook(plan, emulate=emulate, node_id=cls.hidden.unique_id)
+        hook = Hook(
+            plan, emulate=emulate, node_id=cls.hidden.unique_id, exact_layers=LayerList.parse(exact_layers),
+            stop_on_trouble=on_trouble == STOP,
+        )  # fmt: skip
         return io.NodeOutput(install(model, hook, status.publish, status.current_prompt))
 
 

@@ -1,0 +1,93 @@
+"""A look at the first result of every layer and shape, before a black frame is made of it.
+
+The output must be finite, and a few of its rows must agree with exact attention as far as the precision promises. A layer that
+fails gets the next precision for the rest of the run. The look costs a wait for the GPU and about a millionth of the call's
+products, once a layer and shape: no step after the first is slower.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..precision import Precision
+from .call import HookCall
+from .layers import Layer
+
+ROWS, HEADS = 16, 2  # that are held against exact attention, spread over all of them
+LEAST_COSINE = {"fp4": 0.9, "int8": 0.99, "int8-fast": 0.98}  # of a kernel's rows; on usual inputs 0.98, 0.9998 and 0.9996
+NEXT = {"fp4": Precision.INT8, "int8-fast": Precision.INT8}  # else exact
+
+
+class Guard:
+    """What was looked at in this run, and which layers are not trusted with what."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[Layer | None, str, tuple[int, ...], tuple[int, ...]]] = set()
+        self._limits: dict[tuple[Layer | None, str], tuple[Precision, str]] = {}
+
+    def reset(self) -> None:
+        """A new run begins."""
+        self._seen.clear()
+        self._limits.clear()
+
+    def limit(self, layer: Layer | None, kernel: str) -> tuple[Precision, str] | None:
+        """What a layer is to have in place of ``kernel`` and why, or None where that is trusted."""
+        return self._limits.get((layer, precision_of(kernel)))
+
+    @torch.no_grad()
+    def check(self, layer: Layer | None, kernel: str, call: HookCall, out: Tensor) -> str | None:
+        """What is wrong with the first ``out`` of this layer and shape (in the call's layout), which then has a limit.
+
+        Not what bad numbers in q, k or v made of it: no other kernel would mend that.
+        """
+        key = (layer, kernel, call.q_shape, call.k_shape)
+        if key in self._seen:
+            return None
+        self._seen.add(key)
+        precision = precision_of(kernel)
+        if not bool(torch.isfinite(out).all()):
+            if not call.all_finite():
+                return None
+            wrong = "is not finite"
+        else:
+            cosine = agreement(call, out)
+            if cosine >= LEAST_COSINE[precision]:
+                return None
+            wrong = f"agrees too little with exact attention (cosine {cosine:.3f} of {ROWS} rows)"
+        after = NEXT.get(precision, Precision.EXACT)
+        reason = f"{layer or 'a layer without a number'}: {kernel}'s result {wrong}; {after.value} for the rest of the run"
+        self._limits[(layer, precision)] = (after, reason)
+        return reason
+
+
+def precision_of(kernel: str) -> str:
+    """ "int8-fast-sm90" -> "int8-fast"."""
+    return next(name for name in ("fp4", "int8-fast", "int8") if kernel.startswith(name))
+
+
+def agreement(call: HookCall, out: Tensor) -> float:
+    """Cosine between a few rows of ``out`` and exact attention in fp32; 1 where both are zero."""
+    q, k, v, got = (x if call.layout == "HND" else x.transpose(1, 2) for x in (call.q, call.k, call.v, out))
+    heads = _spread(q.shape[1], HEADS, q.device)
+    rows = _spread(q.shape[2], ROWS, q.device)
+    of_kv = heads // (q.shape[1] // k.shape[1])
+    mask = call.mask
+    if mask is not None:
+        mask = mask[:1]
+        mask = mask if mask.shape[1] == 1 else mask[:, heads]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        mask = mask if mask.dtype == torch.bool else mask.float()
+    want = F.scaled_dot_product_attention(
+        q[:1, heads][:, :, rows].float(), k[:1, of_kv].float(), v[:1, of_kv].float(), mask, scale=call.scale
+    ).nan_to_num()  # rows that attend nothing
+    have = got[:1, heads][:, :, rows].float()
+    if not bool(want.any()) and not bool(have.any()):
+        return 1.0
+    return float(F.cosine_similarity(want.flatten(), have.flatten(), dim=0))
+
+
+def _spread(size: int, count: int, device: torch.device) -> Tensor:
+    """Up to ``count`` of ``size`` indices, the first and the last among them."""
+    return torch.linspace(0, size - 1, min(size, count), device=device).round().long()
