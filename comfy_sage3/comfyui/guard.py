@@ -1,8 +1,8 @@
 """A look at the first result of every layer and shape, before a black frame is made of it.
 
-The output must be finite, and a few of its rows must agree with exact attention as far as the precision promises. A layer that
-fails gets the next precision for the rest of the run. The look costs a wait for the GPU and about a millionth of the call's
-products, once a layer and shape: no step after the first is slower.
+The output must be finite, and a few of its rows must agree with exact attention as far as the precision promises. A layer
+that fails gets the next precision for the rest of the run. The look costs a wait for the GPU and about a millionth of the
+call's products, once a layer and shape: no step after the first is slower.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -52,6 +53,17 @@ def test_the_pack_loads_as_comfyui_loads_it(comfy, monkeypatch):
     finally:
         for module in [m for m in sys.modules if m.startswith(name)]:
             del sys.modules[module]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_node_and_input_has_a_name_in_every_language(nodes, language):
+    said = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    for node in (nodes.Sage3Attention, nodes.Sage3Report, nodes.Sage3DemoPrompt):
+        schema = node.define_schema().options
+        inputs = said.pop(schema["node_id"])["inputs"]
+        assert set(inputs) == {made.id for made in schema["inputs"]}
+        assert all(text["name"] for text in inputs.values())
+    assert said == {}
 
 
 def test_the_bundled_weights_are_listed(nodes):
