@@ -87,8 +87,8 @@ def attention(
             the report says why. int8-fast reads exponentials off the bits of a number, within 6 % each: on Hopper it
             is faster than int8 at 1.6 times its error, elsewhere int8 runs instead. int8 has compiled kernels for
             NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), for inference;
-            they are built on first use, which can take minutes. fp4 has one for Blackwell (sm_120, sm_121), proven by
-            emulation and not yet run on such a GPU.
+            they are built on first use, which can take minutes. fp4 has one for Blackwell (sm_120, sm_121), checked
+            by emulation and not yet run on such a GPU.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``

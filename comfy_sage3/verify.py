@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import __version__, reference
 from .errors import InputError
-from .kernels import build
+from .kernels import build, compiled
 from .kernels.devices import capability_of
 from .kernels.sources import arch_of
 from .metrics import attention_error
@@ -83,12 +83,6 @@ def _missing(capability: tuple[int, int] | None) -> str | None:
     return None
 
 
-def _operators() -> Any:
-    outcome = build.load()
-    assert isinstance(outcome, build.Loaded)
-    return outcome.ops
-
-
 def check_instruction(device: torch.device) -> dict[str, Any]:
     """Random operands through mma.sync and its emulation, all selectors; every fp16 number through the conversion.
 
@@ -107,7 +101,7 @@ def check_instruction(device: torch.device) -> dict[str, Any]:
     unsigned = 0x77777777  # every code without its sign
 
     def probe(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        return _operators().fp4_probe(*(t.to(device).contiguous() for t in (*operands, scales[0], scales[1], x)))  # type: ignore[no-any-return]
+        return compiled.operators().fp4_probe(*(t.to(device).contiguous() for t in (*operands, scales[0], scales[1], x)))  # type: ignore[no-any-return]
 
     products, codes = probe(a, b, c)
     magnitudes, _ = probe(a & unsigned, b & unsigned, c.abs())
@@ -127,7 +121,7 @@ def check_kernel(device: torch.device) -> dict[str, Any]:
     for shape in SHAPES:
         q, k, v = _inputs(shape, device)
         causal = shape[-1]
-        out, _ = _operators().fp4_attention(q, k, v, None, causal, shape[4] ** -0.5, False)
+        out, _ = compiled.operators().fp4_attention(q, k, v, None, causal, shape[4] ** -0.5, False)
         want, _ = reference.fp4_attention(q, k, v, is_causal=causal, options=reference.OUR_FP4)
         exact, _ = reference.exact_attention(q, k, v, is_causal=causal)
         rows.append(
@@ -142,7 +136,7 @@ def check_kernel(device: torch.device) -> dict[str, Any]:
 
 def time_kernels(device: torch.device) -> dict[str, Any]:
     """Medians in ms of interleaved runs, quantisation included."""
-    ops = _operators()
+    ops = compiled.operators()
     rows = []
     for shape in TIMED:
         q, k, v = _inputs(shape, device)

@@ -169,6 +169,11 @@ def int8_fast_attention(
     return _emulate(reference.int8_attention, reference.OUR_INT8_FAST, q, k, v, mask, is_causal, scale, note)
 
 
+def _as_faked(q: Tensor) -> Tensor:
+    """The stride of a single channel means nothing, and torch's fake tensors make another of it."""
+    return q.contiguous() if q.shape[3] == 1 else q
+
+
 @_op("int8_attention_compiled")
 def int8_attention_compiled(
     q: Tensor,
@@ -185,10 +190,9 @@ def int8_attention_compiled(
 
     The GPU is never waited for, so nothing looks for NaN here. mask is bool, fp16, bf16 or fp32.
     """
-    run = compiled.operators().int8_attention
-    if q.shape[3] == 1:  # the stride of a single channel means nothing, and torch's fake tensors make another of it
-        q = q.contiguous()
-    out, lse = run(q, k, v, mask, is_causal, scale, return_lse, kernel)
+    out, lse = compiled.operators().int8_attention(
+        _as_faked(q), k, v, mask, is_causal, scale, return_lse, kernel
+    )
     record_note(note)
     return out, lse
 
@@ -206,10 +210,7 @@ def fp4_attention_compiled(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention by the built library; all else as ``int8_attention_compiled``. ``kernel`` is "fp4-sm120"."""
-    run = compiled.operators().fp4_attention
-    if q.shape[3] == 1:
-        q = q.contiguous()
-    out, lse = run(q, k, v, mask, is_causal, scale, return_lse)
+    out, lse = compiled.operators().fp4_attention(_as_faked(q), k, v, mask, is_causal, scale, return_lse)
     record_note(note)
     return out, lse
 

@@ -1,8 +1,8 @@
 // 4-bit attention on Blackwell (sm_120, sm_121): Q K^T and P V in NVFP4 on the block-scaled tensor cores.
 //
-// One block is one producer warpgroup, of which one thread brings tiles of 128 tokens by bulk copies (nvfp4_format.cuh: they
-// lie in memory as the threads want them, so there are no tensor maps, no ldmatrix and no bank conflicts), and two consumer
-// warpgroups: eight warps of 16 queries. Per tile a warp computes
+// One block is eight warps of 16 queries, which take turns in starting the bulk copies of tiles of 128 tokens (nvfp4_format.cuh:
+// they lie in memory as the threads want them, so there are no tensor maps, no ldmatrix and no bank conflicts). Per tile a warp
+// computes
 //
 //   S = delta + Q K^T      the accumulators start at what smoothing Q took from the scores
 //   softmax -> P           2^x scaled so that blocks of 16 tokens get e4m3 scales, codes of e2m1: the A operand without a
@@ -15,7 +15,7 @@
 // exceed it by 2^kUp and lies at most 2^kDown below. The reference is whole, so moving it scales O exactly and changes no
 // code; without kDown a tile far below the row's maximum would have only subnormal scales left (one token that everybody
 // attends to, and a hundred thousand others). A block's scale is rounded first and then divided by, in the exponent:
-// code = e2m1(2^(x - m + log2(kReach) - log2(scale))).
+// code = e2m1(2^(x - m + kLog2Reach - log2(scale))).
 //
 // After SageAttention3 (arXiv 2505.11594): two levels of scales for P, smoothing. What differs: rows' sums from the quantised
 // P, the reference above in place of the tile's maximum, operands in fragment order.
@@ -32,6 +32,7 @@
 #include "sage3/nvfp4.cuh"
 #include "sage3/output.cuh"
 #include "sage3/ptx_sm90.cuh"
+#include "sage3/rounds.cuh"
 #include "sage3/visible.cuh"
 
 namespace sage3 {
@@ -42,15 +43,15 @@ using nvfp4::kTile;
 constexpr int kWarps = kTile / nvfp4::kWarpRows;  // of 255 registers: a ninth, for copies alone, would leave them 168
 constexpr int kThreads = 32 * kWarps;
 
-constexpr float kUp = 2.0f, kDown = 3.0f;       // powers of two
-constexpr float kFloor = 40.0f;                 // m stays within this of the row's largest: O must not overflow
+constexpr float kUp = 2.0f, kDown = 3.0f;  // powers of two
+constexpr float kFloor = 40.0f;            // m stays within this of the row's largest: O must not overflow
 // P at m is 448 * 6 / 2^kUp: then NVFP4 holds 2^kUp of it.
 constexpr float kLog2Reach = 9.392317422778761f;  // log2(672)
 constexpr float kLog2Sixth = 6.807354922057604f;  // log2(672 / 6)
 
-constexpr int kScores = kTile / 2;  // a thread's
-constexpr int kGroups = kTile / 32; // of tokens, of which a thread has eight of two rows
-constexpr int kProducts = 2;        // over 64 tokens each
+constexpr int kScores = kTile / 2;   // a thread's
+constexpr int kGroups = kTile / 32;  // of tokens, of which a thread has eight of two rows
+constexpr int kProducts = 2;         // over 64 tokens each
 
 // Channels of the output that a job has: head dim 256 is taken in two halves, with Q K^T twice, for want of registers.
 template <int D>
@@ -79,24 +80,13 @@ struct Stage {
 template <int D>
 struct Shared {
   static constexpr int kStages = D == 64 ? 8 : D == 128 ? 5 : 2;
+  static constexpr int kAhead = kStages > 2 ? kStages - 2 : 1;  // tiles copied ahead: where it can be, two after a slot's last use
   Stage<D> stage[kStages];
-  static constexpr int kAhead = kStages > 2 ? kStages - 2 : 1;  // tiles copied ahead: a slot is filled two tiles after it was read
-  float highest[kThreads][2];                             // a thread's own, used when its references move
+  float highest[kThreads][2];  // a thread's own, used when its references move
   uint64_t keys_full[kStages], values_full[kStages], empty[kStages];
 };
 static_assert(sizeof(Shared<64>) <= 101376 && sizeof(Shared<128>) <= 101376 && sizeof(Shared<256>) <= 101376,
               "99 KB: what a block of sm_120 may have");
-
-// A place in the ring of stages, and the parity of its current round.
-template <int kStages>
-struct Place {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 struct Params {
   Fp4Attend call;
@@ -107,11 +97,6 @@ struct Params {
   int half_tiles;            // of 64 queries, of a head
   MaskTileIndex mask_tiles;  // where there is a mask
 };
-
-// The job of a block's n-th round: to and fro, so that with causal's falling lengths no block is always first.
-__device__ __forceinline__ int job_of_round(int round) {
-  return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
 
 // One tile of queries of one head.
 template <int D>
@@ -594,12 +579,7 @@ cudaError_t launch(const Fp4Attend& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t fp4_attend_sm120(const Fp4Attend& call, cudaStream_t stream) {
-  switch (nvfp4::padded_head_dim(call.shape.head_dim)) {
-    case 64: return launch<64>(call, stream);
-    case 128: return launch<128>(call, stream);
-    case 256: return launch<256>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_fp4_head_dim(call.shape.head_dim, [&](auto d) { return launch<decltype(d)::value>(call, stream); });
 }
 
 }  // namespace sage3

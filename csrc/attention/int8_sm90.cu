@@ -25,6 +25,7 @@
 #include "sage3/mask_tiles.cuh"
 #include "sage3/output.cuh"
 #include "sage3/ptx_sm90.cuh"
+#include "sage3/rounds.cuh"
 #include "sage3/softmax.cuh"
 #include "sage3/visible.cuh"
 
@@ -72,18 +73,6 @@ struct Shared {
   uint64_t q_full[Config<D>::kConsumers], q_empty[Config<D>::kConsumers];
 };
 
-// A place in a ring of stages, and the parity of its current round.
-template <int kStages>
-struct Place {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ int slot() const { return stage + (parity != 0 ? kStages : 0); }  // of a ring twice as long
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
 struct Params {
   Int8Attend call;
   int8::Workspace at;
@@ -113,11 +102,6 @@ struct Job {
     kv = batch * shape.kv_heads + head / (shape.heads / shape.kv_heads);
   }
 };
-
-// The job a block takes in its n-th round: to and fro, so that with causal's falling lengths no block is always first.
-__device__ __forceinline__ int job_of_round(int round) {
-  return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
 
 // The key tiles of a job, in order; with a mask, those that somebody in the block attends.
 template <int D, bool kMask>

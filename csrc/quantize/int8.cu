@@ -541,12 +541,7 @@ cudaError_t launch(const Int8Quantize& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t int8_quantize(const Int8Quantize& call, cudaStream_t stream) {
-  switch (call.q.dtype) {
-    case Dtype::kFloat16: return launch<__half>(call, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(call, stream);
-    case Dtype::kFloat32: return launch<float>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_dtype(call.q.dtype, [&](auto number) { return launch<decltype(number)>(call, stream); });
 }
 
 }  // namespace sage3

@@ -125,6 +125,17 @@ __device__ __forceinline__ void put(const Chunk<T> (&x)[kCount], Shared<T, D>& s
   }
 }
 
+// Brings a piece of a tile that shared memory does not hold whole, in place of the last one.
+template <class T, int D, bool kDense>
+__device__ __forceinline__ void put_piece(const HeadRows<T, kDense>& rows, int first, int real, int piece, Shared<T, D>& shared) {
+  using L = Layout<T, D>;
+  Chunk<T> again[L::kPieceTurns];
+  fetch<T, D>(again, rows, first, real, piece * L::kPieceTurns);
+  __syncthreads();
+  put<T, D>(again, shared);
+  __syncthreads();
+}
+
 template <class T, int D>
 __device__ __forceinline__ Chunk<T> get(const Shared<T, D>& shared, int row, int column) {
   Chunk<T> x;
@@ -269,13 +280,7 @@ __device__ __forceinline__ void quantize_keys(const Params& p, int batch, int he
   put_level<T, D>(shared, level, nvfp4::key_record(D));
 #pragma unroll 1
   for (int piece = 0; piece < L::kPieces; ++piece) {
-    if constexpr (L::kPieces > 1) {
-      Chunk<T> again[L::kPieceTurns];
-      fetch<T, D>(again, rows, first, real, piece * L::kPieceTurns);
-      __syncthreads();
-      put<T, D>(again, shared);
-      __syncthreads();
-    }
+    if constexpr (L::kPieces > 1) put_piece<T, D>(rows, first, real, piece, shared);
     quantize_rows<T, D>(shared, piece, real, level.inverse, [&](int token, int block, const RowBlock& made) {
       auto* const words = reinterpret_cast<uint32_t*>(shared.record) + nvfp4::key_code(token, block * kBlock, D) / 8;
       words[0] = made.words[0];
@@ -374,13 +379,7 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
   put_level<T, D>(shared, level, nvfp4::query_record(D));
 #pragma unroll 1
   for (int piece = 0; piece < L::kPieces; ++piece) {
-    if constexpr (L::kPieces > 1) {
-      Chunk<T> again[L::kPieceTurns];
-      fetch<T, D>(again, rows, first, real, piece * L::kPieceTurns);
-      __syncthreads();
-      put<T, D>(again, shared);
-      __syncthreads();
-    }
+    if constexpr (L::kPieces > 1) put_piece<T, D>(rows, first, real, piece, shared);
     const float factor = copysignf(1.0f, p.call.scale) * level.inverse;
     quantize_rows<T, D>(shared, piece, real, factor, [&](int row, int block, const RowBlock& made) {
       uint32_t* const to = words + nvfp4::query_code(row, block * kBlock, D) / 8;
@@ -668,23 +667,13 @@ cudaError_t launch(const Fp4Quantize& call, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch(const Fp4Quantize& call, cudaStream_t stream) {
-  switch (nvfp4::padded_head_dim(call.shape.head_dim)) {
-    case 64: return launch<T, 64>(call, stream);
-    case 128: return launch<T, 128>(call, stream);
-    case 256: return launch<T, 256>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_fp4_head_dim(call.shape.head_dim, [&](auto d) { return launch<T, decltype(d)::value>(call, stream); });
 }
 
 }  // namespace
 
 cudaError_t fp4_quantize(const Fp4Quantize& call, cudaStream_t stream) {
-  switch (call.q.dtype) {
-    case Dtype::kFloat16: return launch<__half>(call, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(call, stream);
-    case Dtype::kFloat32: return launch<float>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_dtype(call.q.dtype, [&](auto number) { return launch<decltype(number)>(call, stream); });
 }
 
 }  // namespace sage3

@@ -187,12 +187,7 @@ cudaError_t launch(const Fp4Correct& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t fp4_correct(const Fp4Correct& call, cudaStream_t stream) {
-  switch (call.k.dtype) {
-    case Dtype::kFloat16: return launch<__half>(call, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(call, stream);
-    case Dtype::kFloat32: return launch<float>(call, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_dtype(call.k.dtype, [&](auto number) { return launch<decltype(number)>(call, stream); });
 }
 
 }  // namespace sage3

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks import machine, page
 from comfy_sage3.kernels import build
+from comfy_sage3.kernels.jit.switches import Switches
 
 from . import calls
 
@@ -42,6 +44,18 @@ def obstacle(kernel: str | None) -> str | None:
         if not lowest <= capability <= highest:
             return f"kernel {kernel} does not serve sm_{capability[0]}{capability[1]}"
     return None
+
+
+def fp4_operators() -> Any:
+    """The library with the 4-bit kernels; skips where they are not meant to be in it, and fails where they are."""
+    outcome = build.load()
+    assert isinstance(outcome, build.Loaded)
+    if not hasattr(outcome.ops, "fp4_attention"):
+        emulating = bool(Switches.read(os.environ).emulate_fp4)
+        if torch.cuda.get_device_capability()[0] == 12 or (emulating and "90a" in outcome.archs):
+            pytest.fail("the library was built for this GPU without its 4-bit kernels", pytrace=False)
+        pytest.skip("needs a GPU of sm_120 or sm_121, or SAGE3_EMULATE_FP4=1 on one of sm_90")
+    return outcome.ops
 
 
 @pytest.fixture(params=calls.KERNELS)

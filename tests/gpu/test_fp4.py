@@ -13,6 +13,7 @@ from comfy_sage3 import reference
 from comfy_sage3.kernels import build
 
 from .calls import DEVICE, poison, scale_of
+from .conftest import fp4_operators
 
 LENGTHS = (1, 16, 31, 97, 128, 129, 1000, 4096)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -20,13 +21,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def fp4():
-    outcome = build.load()
-    if not hasattr(outcome.ops, "fp4_attention"):
-        pytest.skip("the built library has no 4-bit kernels: they need sm_120 or sm_121, or SAGE3_EMULATE_FP4=1 on sm_90")
+    ops = fp4_operators()
 
     def attend(q, k, v, mask=None, causal=False, scale=None):
         poison()
-        return outcome.ops.fp4_attention(q, k, v, mask, causal, scale_of(q, scale), True)
+        return ops.fp4_attention(q, k, v, mask, causal, scale_of(q, scale), True)
 
     return attend
 

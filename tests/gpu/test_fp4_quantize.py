@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from comfy_sage3.kernels import build
 from comfy_sage3.reference import operands
 
 from .calls import DEVICE, DTYPES, poison, qkv, randn
+from .conftest import fp4_operators
 
 LENGTHS = (1, 16, 31, 97, 128, 129, 1000, 4096)
 HEAD_DIMS = (40, 64, 96, 128, 200, 256)
@@ -26,10 +26,7 @@ TILE, LEVEL_BYTES = 128, 16
 @pytest.fixture(scope="module")
 def ops() -> Any:
     """The built library, where it has the 4-bit kernels."""
-    found = getattr(build.load(), "ops", None)
-    if not hasattr(found, "fp4_quantize"):
-        pytest.skip("the library has no fp4_quantize on this GPU: build with SAGE3_EMULATE_FP4=1")
-    return found
+    return fp4_operators()
 
 
 def _halves(record: Tensor) -> Tensor:

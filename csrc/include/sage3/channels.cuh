@@ -160,6 +160,17 @@ struct HeadRows {
   }
 };
 
+// `run` with a number of the inputs' dtype, whose type is T: an instance for each.
+template <class Run>
+cudaError_t with_dtype(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::kFloat16: return run(__half{});
+    case Dtype::kBFloat16: return run(__nv_bfloat16{});
+    case Dtype::kFloat32: return run(float{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 // Whether HeadRows<T, true> may read x.
 inline bool is_dense(const Tensor4& x, int head_dim) {
   const int64_t size = x.dtype == Dtype::kFloat32 ? 4 : 2;

@@ -46,6 +46,17 @@ struct Fp4Probe {
   uint32_t* codes;  // [words][real, emulated]
 };
 
+// `run` with a head dim that the 4-bit kernels have as a constant: an instance for each.
+template <class Run>
+cudaError_t with_fp4_head_dim(int head_dim, Run run) {
+  switch (nvfp4::padded_head_dim(head_dim)) {
+    case 64: return run(std::integral_constant<int, 64>{});
+    case 128: return run(std::integral_constant<int, 128>{});
+    case 256: return run(std::integral_constant<int, 256>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 cudaError_t fp4_probe(const Fp4Probe&, cudaStream_t);
 cudaError_t fp4_quantize(const Fp4Quantize&, cudaStream_t);
 cudaError_t fp4_correct(const Fp4Correct&, cudaStream_t);

@@ -1,5 +1,5 @@
 // Hopper's own instructions, one per function (PTX ISA: "Asynchronous Warpgroup Level Matrix Instructions", "mbarrier",
-// "cp.async.bulk", "setmaxnreg"). sm_90a only.
+// "cp.async.bulk", "setmaxnreg"). sm_90a; barriers and bulk copies are Blackwell's as well.
 #pragma once
 
 #include <cstdint>
