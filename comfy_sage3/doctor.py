@@ -27,7 +27,6 @@ from .report import Report
 
 OPTIONAL = {  # distribution on PyPI: what it is for
     "diffusers": "the A/B comparison on the bundled model",
-    "scikit-image": "PSNR and SSIM",
     "matplotlib": "plots in the comparison's report",
     "gradio": "the browser app",
     "ninja": "building CUDA kernels",

@@ -1,8 +1,8 @@
 """Every comparison in one home: attention outputs against a reference, and one video against another.
 
-Attention errors as in the SageAttention papers (arXiv 2505.11594, appendix A.3). PSNR and SSIM come from
-scikit-image, imported when first used; no metric here needs downloaded weights. Videos are (T, H, W, 3)
-arrays or tensors, uint8 or float in [0, 1].
+Attention errors as in the SageAttention papers (arXiv 2505.11594, appendix A.3). PSNR and SSIM give the numbers of
+scikit-image without needing it, for ComfyUI does not install that; no metric here needs downloaded weights. Videos are
+(T, H, W, 3) arrays or tensors, uint8 or float in [0, 1].
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 SSIM_CONVENTION = (
     "SSIM: Gaussian window 11x11, sigma 1.5, population covariance, the mean over R, G and B and over pixels "
-    "at least 5 from the border, data range 1 (scikit-image)"
+    "at least 5 from the border, data range 1 (as scikit-image has it)"
 )
-SSIM_WINDOW = 11
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # keep the quotient finite where both frames are flat
 
 
 def attention_error(out: Tensor, ref: Tensor) -> dict[str, float]:
@@ -53,31 +55,41 @@ def psnr(a: Any, b: Any) -> np.ndarray:
     """Peak signal-to-noise ratio of each frame in dB, (T,) float64; infinite where two frames are equal."""
     import numpy as np
 
-    metrics = _skimage()
     a, b = _pair(a, b)
-    per_frame = [
-        np.inf if np.array_equal(x, y) else metrics.peak_signal_noise_ratio(x, y, data_range=1.0)
-        for x, y in zip(a, b, strict=True)
-    ]
-    return np.array(per_frame, dtype=np.float64)
+    errors = [float(np.square(x - y).mean()) for x, y in zip(a, b, strict=True)]
+    return np.array([-10 * math.log10(e) if e else math.inf for e in errors], dtype=np.float64)
 
 
 def ssim(a: Any, b: Any) -> np.ndarray:
     """Structural similarity per frame, (T,) float64, by ``SSIM_CONVENTION``; frames of 11 pixels and up."""
     import numpy as np
 
-    metrics = _skimage()
     a, b = _pair(a, b)
     if min(a.shape[1:3]) < SSIM_WINDOW:
         raise InputError(
             f"Frames of {a.shape[2]}x{a.shape[1]} pixels are smaller than the window of SSIM: "
             f"give at least {SSIM_WINDOW}x{SSIM_WINDOW}."
         )
-    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    per_frame = [
-        metrics.structural_similarity(x, y, channel_axis=-1, **how) for x, y in zip(a, b, strict=True)
-    ]
-    return np.array(per_frame, dtype=np.float64)
+    return np.array([_ssim(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(a, b, strict=True)], dtype=np.float64)
+
+
+def _ssim(a: Tensor, b: Tensor) -> float:
+    """SSIM of two frames, (H, W, 3) float64 in [0, 1]."""
+    x, y = (t.permute(2, 0, 1)[:, None] for t in (a, b))  # a channel is a picture of its own
+    mean_x, mean_y, xx, yy, xy = (_blur(t) for t in (x, y, x * x, y * y, x * y))
+    of_means, of_spreads = mean_x * mean_y, xy - mean_x * mean_y
+    spread_x, spread_y = xx - mean_x**2, yy - mean_y**2
+    alike = (2 * of_means + SSIM_C1) * (2 * of_spreads + SSIM_C2)
+    most = (mean_x**2 + mean_y**2 + SSIM_C1) * (spread_x + spread_y + SSIM_C2)
+    return float((alike / most).mean())
+
+
+def _blur(x: Tensor) -> Tensor:
+    """Gaussian means around the pixels that have a whole window: (3, 1, H, W) -> (3, 1, H - 10, W - 10)."""
+    distance = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
+    weights = torch.exp(-(distance**2) / (2 * SSIM_SIGMA**2))
+    weights = weights / weights.sum()
+    return F.conv2d(F.conv2d(x, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
 
 
 def worst_frame(per_frame: Any) -> int:
@@ -126,11 +138,3 @@ def _video(video: Any, purpose: str, frames: int) -> np.ndarray:
     if not (x.min() >= 0.0 and x.max() <= 1.0):  # also true for NaN
         raise InputError(f"A video has values from {x.min():.4g} to {x.max():.4g}: bring it into [0, 1].")
     return x
-
-
-def _skimage() -> Any:
-    try:
-        from skimage import metrics
-    except ImportError:
-        raise InputError("PSNR and SSIM need scikit-image: pip install scikit-image.") from None
-    return metrics

@@ -15,9 +15,9 @@ FLOORS = (
     ("gradio_app", "pack"),  # the repository's gradio_app.py and its __init__.py, ComfyUI's entry
     ("cli",),
     ("app",),
-    ("doctor", "numerics"),  # two commands; what the other commands run lives in their own rooms
-    ("compare", "comfyui"),  # comfyui offers the bundled weights and their prompts, so demo is below it
-    ("demo", "plan"),
+    ("numerics",),  # a command; what the other commands run lives in their own rooms
+    ("compare", "comfyui"),  # comfyui offers the bundled weights, their prompts and the doctor, so they are below it
+    ("demo", "plan", "doctor"),
     ("face",),  # comfy_sage3/__init__.py: the names a user imports
     ("attention",),
     ("dispatch",),
@@ -39,9 +39,9 @@ COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution",
 FOREIGN = {
     "torch": ("",),
     "numpy": ("metrics.py", "compare/", "demo/", "app/"),
-    "PIL": ("compare/", "demo/", "app/"),
+    "PIL": ("compare/", "demo/", "app/", "comfyui/compare_node.py"),
+    "aiohttp": ("comfyui/routes.py",),
     "safetensors": ("demo/",),
-    "skimage": ("metrics.py",),
     "matplotlib": ("compare/plots.py",),
     "diffusers": ("compare/diffusers_engine.py", "demo/load.py"),
     "gradio": ("app/",),
