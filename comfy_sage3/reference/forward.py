@@ -271,6 +271,9 @@ def _studied_operands(
     )
 
 
+_LEAST_UNIT = 1e-30  # in the kernel too: where scores count nothing, what hides them still is a number
+
+
 def _kernel_operands(
     q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options
 ) -> _Fp4Operands:
@@ -289,7 +292,7 @@ def _kernel_operands(
         k_smooth_t=pad_to(k.float() - mean_k, -2, operands.TILE).transpose(-1, -2),
         mean_k=mean_k,
         mean_v=mean_v,
-        unit=base_2 * math.log(2),
+        unit=max(base_2, _LEAST_UNIT) * math.log(2),
     )
 
 

@@ -246,7 +246,8 @@ def attend(
         weigh: turns scores into weights, see ``WeightRule``.
         block: keys that share a maximum for ``weigh``.
         states: numbers that ``weigh`` keeps for a row.
-        unit: what the products are to be multiplied by, after they were rounded to fp32, as tensor cores give them.
+        unit: what the products are to be multiplied by, more than 0, after they were rounded to fp32, as tensor cores give
+            them. An additive mask joins before, in these units and rounded to fp32 once more, as in the kernel.
         means_t: (B, Hkv, G, D, blocks of 128 rows or 1), the part of q taken out by smoothing, times the scale.
         k_smooth_t: (B, Hkv, D, Lk'), what ``means_t`` is multiplied with.
         mask: (B, Hkv, G, Lq, Lk) view, bool or additive.
@@ -281,10 +282,14 @@ def attend(
                 grid = scores.view(n, c1 - c0, g, r1 - r0)
                 if means_t is not None and smooth_t is not None:
                     _add_means_(grid, means_t[bs, hs].flatten(0, 1), smooth_t[:, :, c0:c1], r0, r1)
-                if unit is not None:
-                    scores.copy_(scores.float()).mul_(unit)
                 limit = min(c1, shape.k_tokens)
                 piece = None if mask is None else mask[bs, hs, :, r0:r1, c0:limit]
+                if unit is not None:
+                    scores.copy_(scores.float())
+                    if piece is not None and piece.dtype != torch.bool:
+                        _add_bias_(grid, piece, unit)
+                        piece = None
+                    scores.mul_(unit)
                 hide_(grid, piece, rows=(r0, r1), keys=(c0, c1), limit=limit, causal=is_causal)
                 block_max = scores.view(n, (c1 - c0) // block, block, width).amax(2) if block > 1 else scores
                 new, growth = weigh(scores, block_max, maximum)
@@ -309,3 +314,11 @@ def _add_means_(grid: Tensor, means_t: Tensor, smooth_t: Tensor, r0: int, r1: in
     blocks = means_t.shape[-1]
     correction = torch.bmm(means_t.transpose(2, 3).flatten(1, 2), smooth_t).transpose(1, 2)  # (n, c, G * blocks)
     grid.view(n, c, g, blocks, r // blocks).add_(correction.unflatten(2, (g, blocks)).unsqueeze(-1))
+
+
+def _add_bias_(grid: Tensor, piece: Tensor, unit: float) -> None:
+    """Add a mask, cut as in ``hide_``, to S^T (n, c, G, r), which counts ``unit`` each; every number is an fp32 one."""
+    log2_e, per_bias = (torch.tensor(x, dtype=torch.float32) for x in (math.log2(math.e), unit / math.log(2)))
+    bias = (piece.permute(0, 1, 4, 2, 3).flatten(0, 1).float() * log2_e.item()).to(grid.dtype)
+    real = grid[:, : bias.shape[1]]
+    real.copy_((bias * (1 / per_bias).item() + real).float())

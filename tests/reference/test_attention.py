@@ -221,6 +221,28 @@ def test_a_lazy_reference_survives_scores_that_fall_or_begin_late(drop, first_se
     torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_an_additive_mask_of_zeros_or_infinities_is_a_bool_mask(dtype, scale):
+    """Also where it joins the scores in their own units, and where those count nothing."""
+    q, k, v = (x.to(dtype) for x in inputs(140, 300, 64))
+    kept = torch.rand(140, 300, generator=torch.Generator().manual_seed(2)) < 0.7
+    kept[5] = False
+    bias = torch.zeros(140, 300).masked_fill(~kept, -torch.inf)
+    masked = [fp4_attention(q, k, v, mask=mask, scale=scale, options=OUR_FP4) for mask in (kept, bias)]
+    assert all(torch.equal(a, b) for a, b in zip(*masked, strict=True))
+    assert all(torch.isfinite(out).all() for out, _ in masked)
+
+
+def test_a_mask_that_is_the_same_for_all_tokens_moves_only_the_lse():
+    """Four times every weight, a power of two: codes stay, but for those at a boundary."""
+    q, k, v = (x.double() for x in inputs(140, 300, 64))
+    plain, plain_lse = fp4_attention(q, k, v, options=OUR_FP4)
+    out, lse = fp4_attention(q, k, v, mask=torch.full((140, 300), 2 * math.log(2)), options=OUR_FP4)
+    assert (out - plain).norm() < 1e-2 * plain.norm()
+    assert (lse - plain_lse - 2 * math.log(2)).abs().mean() < 1e-3
+
+
 def test_lazy_references_do_not_depend_on_how_tiles_are_cut():
     g = torch.Generator().manual_seed(0)
     block_max = 8 * torch.randn(2, 8 * 9, 5, generator=g)
