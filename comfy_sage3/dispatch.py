@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import compiled
-from .kernels.devices import DTYPE_NAMES, EXACT, HARDWARE, KERNELS, Capability, Kernel
+from .kernels import compiled, devices
+from .kernels.devices import DTYPE_NAMES, EXACT, FP4_BUILT_FOR_HOPPER, HARDWARE, KERNELS, Capability, Kernel
 from .precision import Precision
 
-COMPILED = {kernel.name: kernel.compiled for kernel in KERNELS if kernel.compiled is not None}
+COMPILED = {row.name: row.compiled for row in (FP4_BUILT_FOR_HOPPER, *KERNELS) if row.compiled is not None}
 CHAIN = {
     "auto": ("fp4", "int8"),
     "fp4": ("fp4", "int8"),
@@ -26,6 +26,7 @@ CHAIN = {
     "exact": (),
 }
 EMULATED = "emulated in plain PyTorch: the quality is real, the speed is not"
+EMULATED_BUILT = "the Blackwell kernel with its two instructions emulated: the quality is real, the speed is not"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def decide(
             if faster is not None:
                 too_short = faster
                 continue  # the next precision may pay earlier
-            how = EMULATED if found.emulated else f"runs on {_device(call, bare=True)}"
+            how = f"runs on {_device(call, bare=True)}"
+            if found.emulated:
+                how = EMULATED if found.compiled is None else EMULATED_BUILT
             if found.emulated and call.build_failure is not None:
                 how += f"; there are no compiled kernels: {call.build_failure}"
             if missing and wished != "auto":
@@ -128,11 +131,12 @@ def choose(call: Call, precision: str | Precision, *, emulate: bool = False) -> 
 
     Builds it on first use, and only for a call that nothing else rules out; ``call.build_failure`` is filled in here.
     """
-    decision = decide(call, precision, emulate=emulate)
+    kernels = devices.kernels()
+    decision = decide(call, precision, emulate=emulate, kernels=kernels)
     if decision.kernel in COMPILED and call.capability is not None:
         failure = compiled.failure(call.capability)
         if failure is not None:
-            decision = decide(replace(call, build_failure=failure), precision, emulate=emulate)
+            decision = decide(replace(call, build_failure=failure), precision, emulate=emulate, kernels=kernels)
     return decision
 
 

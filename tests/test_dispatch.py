@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from comfy_sage3.dispatch import Call, choose, decide, obstacle
 from comfy_sage3.errors import InputError
 from comfy_sage3.kernels import build, compiled, devices
-from comfy_sage3.kernels.devices import EXACT, KERNELS, Kernel, capability_of
-from comfy_sage3.kernels.sources import SOURCES, TARGETS
+from comfy_sage3.kernels.devices import EXACT, FP4_BUILT_FOR_HOPPER, KERNELS, Kernel, capability_of
+from comfy_sage3.kernels.sources import EMULATED, SOURCES, TARGETS
 from comfy_sage3.precision import Precision
 
 SHAPE = (1, 24, 8192, 128)
@@ -185,6 +185,56 @@ def test_a_compiled_kernel_gives_no_gradient_so_training_goes_elsewhere(precisio
     assert "int8 needs inputs that do not require grad (inference only)" in decision.reason
     decision = decide(gpu((9, 0), needs_grad=True), precision, emulate=True)
     assert decision.kernel == ("exact" if precision == "auto" else "int8-emulated")
+
+
+# ---- SAGE3_EMULATE_FP4: the Blackwell kernel on Hopper
+
+EMULATING = (FP4_BUILT_FOR_HOPPER, *KERNELS)
+BUILT = "the Blackwell kernel with its two instructions emulated: the quality is real, the speed is not"
+NO_BLACKWELL = "fp4 needs a Blackwell GPU (sm_120 or sm_121)"
+
+
+@pytest.mark.parametrize(
+    ("call", "precision", "emulate", "kernel", "reason"),
+    [
+        (gpu((9, 0)), "fp4", True, "fp4-sm120-emulated", f"asked for, {BUILT}"),
+        (gpu((9, 0)), "fp4", False, "int8-sm90", f"{NO_BLACKWELL}; this GPU is sm_90; int8 instead, runs on sm_90"),
+        (gpu((9, 0)), "auto", True, "int8-sm90", "the fastest here, runs on sm_90"),
+        (gpu((9, 0)), "int8", True, "int8-sm90", "asked for, runs on sm_90"),
+        (gpu((9, 0), build_failure=NO_NVCC), "fp4", True, "fp4-emulated",
+         "asked for, emulated in plain PyTorch: the quality is real, the speed is not; "
+         f"there are no compiled kernels: {NO_NVCC}"),
+        (gpu((9, 0), needs_grad=True), "fp4", True, "int8-emulated",
+         "fp4 needs inputs that do not require grad (inference only); these do; int8 instead, "
+         "emulated in plain PyTorch: the quality is real, the speed is not"),
+        (gpu((8, 9)), "fp4", True, "fp4-emulated",
+         "asked for, emulated in plain PyTorch: the quality is real, the speed is not"),
+        (CPU, "fp4", True, "fp4-emulated", "asked for, emulated in plain PyTorch: the quality is real, the speed is not"),
+        (gpu((12, 0)), "fp4", True, "fp4-sm120", "asked for, runs on sm_120"),
+    ],
+)  # fmt: skip
+def test_the_kernel_built_with_emulated_instructions_runs_where_emulation_is_wished(
+    call, precision, emulate, kernel, reason
+):
+    decision = decide(call, precision, emulate=emulate, kernels=EMULATING)
+    assert (decision.kernel, decision.reason) == (kernel, reason)
+
+
+def test_the_emulated_kernel_is_for_the_gpus_it_is_built_for():
+    archs = {arch for row in EMULATED if row.path == "attention/*_sm120.cu" for arch in row.archs}
+    assert {TARGETS[c] for c in FP4_BUILT_FOR_HOPPER.capabilities} == archs - {"120a", "121a"}
+
+
+@pytest.mark.parametrize(("value", "kernel"), [("1", "fp4-sm120-emulated"), ("0", "fp4-emulated"), (None, "fp4-emulated")])
+def test_choosing_knows_the_emulated_kernel_where_the_switch_is_set(machine, monkeypatch, value, kernel):
+    machine.outcome = library("90a")
+    if value is None:
+        monkeypatch.delenv("SAGE3_EMULATE_FP4", raising=False)
+    else:
+        monkeypatch.setenv("SAGE3_EMULATE_FP4", value)
+    assert choose(gpu((9, 0)), "fp4", emulate=True).kernel == kernel
+    machine.outcome = build.Failure(NO_NVCC)
+    assert choose(gpu((9, 0)), "fp4", emulate=True).kernel == "fp4-emulated"
 
 
 # ---- the machine is asked late, and once
@@ -365,7 +415,7 @@ calls = st.builds(
 
 
 @settings(max_examples=300, deadline=None)
-@given(calls, st.sampled_from(list(Precision)), st.booleans(), st.sampled_from([KERNELS, FUTURE]))
+@given(calls, st.sampled_from(list(Precision)), st.booleans(), st.sampled_from([KERNELS, FUTURE, EMULATING]))
 def test_no_decision_breaks_a_constraint_or_keeps_silent(call, precision, emulate, kernels):
     decision = decide(call, precision, emulate=emulate, kernels=kernels)
     chosen = next(k for k in kernels if k.name == decision.kernel)

@@ -5,9 +5,12 @@ A CUDA kernel joins by adding a row; the first row of a precision that can serve
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
+
+from .jit.switches import Switches
 
 Capability = tuple[int, int]  # compute capability (major, minor): (12, 0) is sm_120
 
@@ -23,7 +26,8 @@ class Kernel:
 
     ``capabilities`` names the GPUs a kernel is for; empty means plain PyTorch, which runs on any device.
     ``compiled`` is a kernel's name in the built library, without which it cannot run; None means that there is
-    nothing to build. ``emulated`` kernels compute what the low-bit kernel would, slowly: quality, not speed.
+    nothing to build. ``emulated`` kernels compute what the low-bit kernel would, slowly: quality, not speed; most are
+    plain PyTorch, one is the kernel itself on a GPU that lacks its instructions (``compiled``).
     ``auto_from_keys`` and ``auto_not_on`` say where exact attention is faster, so that "auto" leaves the call to it;
     a precision that was asked for by name always runs.
     """
@@ -96,6 +100,19 @@ KERNELS: tuple[Kernel, ...] = (
     EXACT,
 )
 
+# The Blackwell kernel as SAGE3_EMULATE_FP4 builds it for Hopper (sources.py): the same source, with the two instructions
+# that Hopper lacks emulated exactly. Ahead of the reference in plain PyTorch, because it is the kernel that is shown.
+FP4_BUILT_FOR_HOPPER = Kernel("fp4-sm120-emulated", "fp4", capabilities=((9, 0),), compiled="fp4-sm120", emulated=True)
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """The rows of this process: ``KERNELS``, and the emulated Blackwell kernel where SAGE3_EMULATE_FP4 is set."""
+    return (FP4_BUILT_FOR_HOPPER, *KERNELS) if _emulate_fp4() else KERNELS
+
+
+def _emulate_fp4() -> bool:
+    return bool(Switches.read(os.environ).emulate_fp4)
+
 
 def capability_of(device: torch.device) -> Capability | None:
     """The compute capability of an NVIDIA GPU, None for anything else (a ROCm build also says "cuda")."""
@@ -111,3 +128,4 @@ def _capability(index: int) -> Capability:
 # What torch.compiler.assume_constant_result does, without the import of all of torch._dynamo that it costs
 # (seconds): a compiled graph asks for the capability once, while it is traced.
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_emulate_fp4._dynamo_marked_constant = True  # type: ignore[attr-defined]
