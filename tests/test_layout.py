@@ -38,8 +38,8 @@ KNOWN_TO = {"comfyui": {"pack"}}
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server")
 FOREIGN = {
     "torch": ("",),
-    "numpy": ("metrics.py", "compare/", "demo/", "app/"),
-    "PIL": ("compare/", "demo/", "app/", "comfyui/compare_node.py"),
+    "numpy": ("metrics.py", "compare/", "demo/", "app/", "comfyui/frames.py"),
+    "PIL": ("compare/", "demo/", "app/", "comfyui/frames.py"),
     "aiohttp": ("comfyui/routes.py",),
     "safetensors": ("demo/",),
     "matplotlib": ("compare/plots.py",),

@@ -1,4 +1,4 @@
-"""The ComfyUI node pack: three nodes, the attention hook behind them, and the status they show.
+"""The ComfyUI node pack: its nodes, the attention hook behind them, and the status they show.
 
 Only this folder imports ComfyUI, and only ComfyUI imports this folder.
 """
@@ -12,11 +12,17 @@ def extension() -> Any:
     """The V3 extension with the pack's nodes; also makes the bundled weights visible to the stock loaders."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import nodes
+    from . import compare_node, nodes, routes
 
     class Sage3Extension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [nodes.Sage3Attention, nodes.Sage3Report, nodes.Sage3DemoPrompt]
+            return [
+                nodes.Sage3Attention,
+                nodes.Sage3Report,
+                nodes.Sage3DemoPrompt,
+                compare_node.Sage3Compare,
+            ]
 
     nodes.register_weights()
+    routes.register()
     return Sage3Extension()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,20 @@ class Failure:
     log: str = ""
 
 
+Listener = Callable[[str, str], None]
+"""Called as ``listener(state, text)``: "building", then "built" or "failed", and a sentence for a person."""
+
 _lock = threading.Lock()
 _outcome: Loaded | Failure | None = None
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> None:
+    """Tell ``listener`` when kernels have to be built here, and how that ended; not when they are found built.
+
+    It is called in the thread that builds, and what it raises is dropped: nobody's display may cost the kernels.
+    """
+    _listeners.append(listener)
 
 
 def load(report: Say | None = None) -> Loaded | Failure:
@@ -85,6 +99,13 @@ def forget() -> None:
         _outcome = None
 
 
+def tell(state: str, text: str) -> None:
+    """Pass ``text`` on to those who ``listen``."""
+    for listener in tuple(_listeners):
+        with suppress(Exception):
+            listener(state, text)
+
+
 def to_stderr(text: str) -> None:
     """Progress as it is shown when nobody else wants it."""
     print(f"[comfy_sage3] {text}", file=sys.stderr, flush=True)
@@ -102,7 +123,7 @@ def attempt(setting: Setting, say: Say) -> Loaded | Failure:
             if origin == "built" or setting.switches.disable_build:
                 raise
             say(f"{entry.library} does not load ({problem}): it is built again.")
-            entry, origin = make(setting, archs, say, always=True)
+            entry, origin = make_and_tell(setting, archs, say, always=True)
             _open(entry, setting)
         return Loaded(entry.library, entry.namespace, entry.manifest.archs, origin, time.perf_counter() - start)
     except BuildError as problem:
@@ -150,7 +171,20 @@ def obtain(setting: Setting, archs: tuple[str, ...], say: Say) -> tuple[Entry, s
             return entry, "cache"
     if switches.disable_build:
         raise BuildError("there is no built library, and SAGE3_DISABLE_BUILD is set")
-    return make(setting, archs, say, always=switches.wants_log)
+    return make_and_tell(setting, archs, say, always=switches.wants_log)
+
+
+def make_and_tell(setting: Setting, archs: tuple[str, ...], say: Say, *, always: bool) -> tuple[Entry, str]:
+    """``make``, told to those who listen. Raises what ``make`` raises."""
+    tell("building", "The attention kernels for this GPU are being built. This takes a few minutes and happens once.")
+    start = time.perf_counter()
+    try:
+        made = make(setting, archs, say, always=always)
+    except Exception as problem:
+        tell("failed", f"The attention kernels could not be built, so other attention is used: {problem}")
+        raise
+    tell("built", f"The attention kernels for this GPU are ready, after {time.perf_counter() - start:.0f} s.")
+    return made
 
 
 def find_built(setting: Setting, recipe: Recipe, say: Say = lambda text: None) -> Entry | None:
@@ -189,4 +223,4 @@ def find_prebuilt(setting: Setting, recipe: Recipe, say: Say = lambda text: None
     return None
 
 
-__all__ = ["Failure", "Loaded", "forget", "last_failure", "load", "outcome"]
+__all__ = ["Failure", "Loaded", "forget", "last_failure", "listen", "load", "outcome"]

@@ -8,10 +8,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # for standin.py
 
 @pytest.fixture
 def comfy(monkeypatch):
-    """The stand-in installed as ComfyUI; the pack's node module is imported afresh against it."""
+    """The stand-in installed as ComfyUI; the pack's node modules are imported afresh against it."""
     import standin
 
     standin.install_modules(monkeypatch)
-    monkeypatch.delitem(sys.modules, "comfy_sage3.comfyui.nodes", raising=False)
+    forget_nodes()
     yield standin
-    sys.modules.pop("comfy_sage3.comfyui.nodes", None)
+    forget_nodes()
+
+
+def forget_nodes():
+    """Let every module of nodes be imported anew."""
+    for name in [m for m in sys.modules if m.startswith("comfy_sage3.comfyui.") and m.endswith(("nodes", "_node"))]:
+        del sys.modules[name]

@@ -7,6 +7,7 @@ transformer_options once, and marks the call so that a backend calling another o
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import types
 from typing import Any
@@ -20,6 +21,9 @@ class Container:
 
     def __init__(self, tensor):
         self.tensor = tensor
+
+    def peek(self):
+        return self.tensor
 
     def take(self):
         tensor, self.tensor = self.tensor, None
@@ -113,22 +117,36 @@ class Patcher:
             wrapped = functools.partial(wrapper, Executor(wrapped, class_obj))
         return wrapped(*args)
 
-    def sample(self, sigmas, tokens=96, calls=2):
-        """``calls`` attention calls for every sigma. Returns the last result."""
+    def sample(self, sigmas, tokens=96, calls=2, looks=1, options=None, callback=None, sampler=None, steps=True):
+        """``calls`` attention calls for every sigma but a last 0, and ``looks`` such evaluations of it. Returns the last result.
 
-        def step(x, t):
-            for _ in range(calls):
+        ``options`` changes the transformer_options that a step sees, as nodes that install themselves late do;
+        ``steps=False`` is a sampler that never calls back.
+        """
+        sigmas = [*sigmas, 0.0]
+
+        def step(x, t, c_concat, c_crossattn, control, transformer_options):
+            for block in range(calls):
                 q = k = v = torch.linspace(-1, 1, tokens * 32).reshape(1, tokens, 32)
-                x = attend(q, k, v, heads=2, transformer_options=self.model_options["transformer_options"])
+                transformer_options["block_index"] = block
+                x = attend(q, k, v, heads=2, transformer_options=transformer_options)
             return x
 
-        def steps():
+        def look(x, sigma):
+            given = {**self.model_options["transformer_options"], **(options or {})}
+            return self.run("apply_model", step, x, torch.tensor([sigma]), None, None, None, given, class_obj=self)
+
+        def sampling(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar):
             out = None
-            for sigma in sigmas:
-                out = self.run("apply_model", step, None, torch.tensor([sigma]), class_obj=self)
+            for i, sigma in enumerate(sigmas.tolist()[:-1]):
+                for again in range(looks):
+                    out = self.run("predict_noise", look, None, sigma)
+                    if steps and again == 0:
+                        callback(i, out, None, len(sigmas) - 1)
             return out
 
-        return self.run("outer_sample", steps)
+        given = (None, None, sampler, torch.tensor(sigmas), None, callback, True)
+        return self.run("outer_sample", sampling, *given, class_obj=self)
 
 
 def modules() -> dict[str, types.ModuleType]:
@@ -150,7 +168,7 @@ def modules() -> dict[str, types.ModuleType]:
         )
 
     kinds = {
-        k: kind() for k in ("Model", "Combo", "Float", "Int", "Boolean", "Latent", "String", "Conditioning")
+        k: kind() for k in ("Model", "Combo", "Float", "Int", "Boolean", "Latent", "String", "Conditioning", "Image")
     }
 
     class NodeOutput:
@@ -162,6 +180,7 @@ def modules() -> dict[str, types.ModuleType]:
         Schema=type("Schema", (Recorded,), {}),
         Hidden=types.SimpleNamespace(unique_id="unique_id"),
         NodeOutput=NodeOutput,
+        Custom=lambda name: kind(),
         **kinds,
     )
 
@@ -169,10 +188,16 @@ def modules() -> dict[str, types.ModuleType]:
         pass
 
     folders: dict[str, list[str]] = {}
-    wrappers = types.SimpleNamespace(OUTER_SAMPLE="outer_sample", APPLY_MODEL="apply_model")
+    wrappers = types.SimpleNamespace(
+        OUTER_SAMPLE="outer_sample", PREDICT_NOISE="predict_noise", APPLY_MODEL="apply_model"
+    )
     context = types.SimpleNamespace(prompt_id="prompt-1", node_id="7")
     return {
         "comfy": module("comfy"),
+        "comfy.utils": module("comfy.utils", ProgressBar=ProgressBar),
+        "aiohttp": module("aiohttp", web=types.SimpleNamespace(json_response=Answer)),
+        "comfy.ldm": module("comfy.ldm"),
+        "comfy.ldm.modules": module("comfy.ldm.modules", attention=types.SimpleNamespace(optimized_attention=attend)),
         "comfy.patcher_extension": module("comfy.patcher_extension", WrappersMP=wrappers),
         "comfy_api": module("comfy_api"),
         "comfy_api.latest": module(
@@ -186,18 +211,50 @@ def modules() -> dict[str, types.ModuleType]:
             "folder_paths",
             folders=folders,
             add_model_folder_path=lambda name, path: folders.setdefault(name, []).append(path),
+            get_temp_directory=lambda: folders["temp"][0],
         ),
         "server": module("server", PromptServer=Server),
     }
 
 
+class ProgressBar:
+    """Counts; ComfyUI's own raises out of ``update`` when the user cancels."""
+
+    made: list[ProgressBar] = []
+
+    def __init__(self, total):
+        self.total, self.done = total, 0
+        ProgressBar.made.append(self)
+
+    def update(self, value):
+        self.done += value
+
+
+class Answer:
+    """What a route answers: ``body`` is text that strict JSON can read."""
+
+    def __init__(self, data, status=200):
+        self.body, self.status = json.dumps(data, allow_nan=False), status
+
+
+class Routes:
+    """aiohttp's table: keeps the handlers by path."""
+
+    def __init__(self):
+        self.handlers: dict[str, Any] = {}
+
+    def get(self, path):
+        return lambda handler: self.handlers.setdefault(path, handler)
+
+
 class Server:
-    """PromptServer: keeps what was sent."""
+    """PromptServer: keeps what was sent, and the routes."""
 
     instance: Server | None = None
 
     def __init__(self):
         self.sent: list[tuple[str, Any]] = []
+        self.routes = Routes()
 
     def send_sync(self, event, data, sid=None):
         self.sent.append((event, data))

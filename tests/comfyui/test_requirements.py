@@ -12,11 +12,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "/somewhere/custom_nodes/a-pack"
 # What every supported ComfyUI's requirements.txt names and the pack may use. torch brings no numpy; ComfyUI does.
-INSTALLED = {"torch", "numpy", "safetensors", "PIL"}
+INSTALLED = {"torch", "numpy", "safetensors", "PIL", "aiohttp"}
 
 
-def test_the_pack_imports_only_what_comfyui_installs(comfy, monkeypatch):
-    """Load the pack under ComfyUI's name for it, sample with its node, read its report, encode a prompt.
+def test_the_pack_imports_only_what_comfyui_installs(comfy, monkeypatch, tmp_path):
+    """Load the pack under ComfyUI's name for it, sample with its node, read its report, encode a prompt, compare.
 
     Every import its files ask for is watched, those inside functions and those already satisfied too.
     """
@@ -35,12 +35,14 @@ def test_the_pack_imports_only_what_comfyui_installs(comfy, monkeypatch):
     try:
         spec.loader.exec_module(pack)
         extension = asyncio.run(pack.comfy_entrypoint())
-        attention, report, prompt = asyncio.run(extension.get_node_list())
+        attention, report, prompt, compare, *_ = asyncio.run(extension.get_node_list())
         settings = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "emulate": True}
         model = attention.execute(comfy.Patcher(), precision="fp4", **settings).args[0]
         model.sample([1.0, 0.5])
         assert report.execute(model, {"samples": torch.zeros(1)}).args[2].startswith("4 attention calls: 4 accelerated")
         prompt.execute("a red circle")
+        sys.modules["folder_paths"].folders["temp"] = [str(tmp_path)]
+        assert "identical" in compare.execute(torch.zeros(2, 16, 16, 3), torch.zeros(2, 16, 16, 3)).args[0]
     finally:
         for module in [m for m in sys.modules if m.startswith(PACK)]:
             del sys.modules[module]

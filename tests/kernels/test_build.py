@@ -105,6 +105,41 @@ def test_success_removes_the_note_of_an_earlier_failure(bench):
 
 
 @pytest.fixture
+def heard(monkeypatch):
+    """What a listener hears, as (state, text)."""
+    monkeypatch.setattr(build, "_listeners", [])
+    told = []
+    build.listen(lambda state, text: told.append((state, text)))
+    return told
+
+
+def test_a_build_is_told_from_beginning_to_end_and_a_library_found_is_not(bench, heard):
+    loaded(bench)
+    assert [state for state, _ in heard] == ["building", "built"]
+    assert "ready" in heard[1][1]
+    loaded(bench)
+    assert len(heard) == 2
+
+
+def test_a_build_that_fails_is_told_with_its_reason(bench, heard):
+    bench.spoil("FAKE_ERROR")
+    reason = failed(bench).reason
+    assert [state for state, _ in heard] == ["building", "failed"]
+    assert heard[1][1].endswith(reason)
+
+
+def test_a_listener_that_breaks_does_not_cost_the_kernels(bench, heard):
+    build.listen(lambda state, text: 1 / 0)
+    assert loaded(bench).origin == "built"
+
+
+def test_no_gpu_is_no_news(bench, heard, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert failed(bench, archs=None).reason == "there is no NVIDIA GPU"
+    assert heard == []
+
+
+@pytest.fixture
 def process(bench, monkeypatch):
     """``load`` as a process on the bench sees it."""
     build.forget()
