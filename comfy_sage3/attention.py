@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import COMPILED, Call, Decision, choose
-from .kernels import exact, ops
+from .kernels import exact, freeing, ops
 from .kernels.devices import capability_of
 from .precision import Precision
 from .report import Report, note_of, process_report
@@ -107,31 +107,80 @@ def attention(
     """
     wished = Precision.parse(precision).value
     token_major = checks.layout(layout)
+    q, k, v, mask, scale = _checked(q, k, v, mask, scale, enable_gqa, token_major)
+    decision = choose(_call(q, k, v, mask, bool(is_causal)), wished, emulate=emulate)
+    if report is None:
+        report = process_report
+    out, lse = _run(decision, wished, q, k, v, mask, bool(is_causal), scale, return_lse, report)
+    if token_major:
+        out = out.transpose(1, 2)
+    return out if lse is None or not return_lse else (out, lse)
+
+
+def attention_freeing(
+    hold: list[Tensor],
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "HND",
+    precision: str | Precision = "auto",
+    emulate: bool = False,
+    report: Report | None = None,
+) -> Tensor:
+    """``attention`` of ``hold`` = [q, k, v], which it empties: where a compiled kernel serves the call, their memory is
+    free (if nobody else holds them) before the output is made. Where it raises, ``hold`` is as it was, unless a kernel
+    failed after it had taken its copy. Arguments, result and errors are those of ``attention``.
+    """
+    wished = Precision.parse(precision).value
+    token_major = checks.layout(layout)
+    q, k, v, checked_mask, number = _checked(hold[0], hold[1], hold[2], mask, scale, enable_gqa, token_major)
+    decision = choose(_call(q, k, v, checked_mask, False), wished, emulate=emulate)
+    if decision.kernel not in COMPILED:
+        out = attention(
+            *hold, mask=mask, scale=scale, enable_gqa=enable_gqa, layout=layout, precision=precision, emulate=emulate,
+            report=report,
+        )  # fmt: skip
+        hold.clear()
+        return out
+    number = q.shape[3] ** -0.5 if number is None else number
+    views = [q, k, v]
+    del q, k, v
+    handed = hold.copy()
+    hold.clear()
+    try:
+        out = freeing.attend(views, checked_mask, False, number, COMPILED[decision.kernel], handed)
+    except Exception:
+        hold.extend(handed)  # all three, or none
+        raise
+    (process_report if report is None else report).record(wished, decision.kernel, decision.reason, decision.fell_back)
+    return out.transpose(1, 2) if token_major else out
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool, token_major: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
+    """The arguments as the kernels take them, q, k and v as (B, H, L, D). Raises InputError."""
     checks.tensors(q, k, v, mask)
     q, k, v = checks.autocast(q, k, v)
     if token_major:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     checks.shapes(q, k, v, enable_gqa)
-    mask = checks.attention_mask(mask, q, k)
-    scale = checks.scale(scale)
-    call = Call(
+    return q, k, v, checks.attention_mask(mask, q, k), checks.scale(scale)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Call:
+    return Call(
         q_shape=tuple(q.shape),
         k_shape=tuple(k.shape),
         dtype=q.dtype,
         device_type=q.device.type,
         capability=capability_of(q.device),
         has_mask=mask is not None,
-        is_causal=bool(is_causal),
+        is_causal=is_causal,
         needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         v_head_dim=v.shape[3],
     )
-    decision = choose(call, wished, emulate=emulate)
-    if report is None:
-        report = process_report
-    out, lse = _run(decision, wished, q, k, v, mask, call.is_causal, scale, return_lse, report)
-    if token_major:
-        out = out.transpose(1, 2)
-    return out if lse is None or not return_lse else (out, lse)
 
 
 def _run(

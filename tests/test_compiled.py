@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comfy_sage3 import Report, attention, doctor, reference
-from comfy_sage3.comfyui.override import Hook, make_override
+from comfy_sage3.comfyui.hook import Hook
+from comfy_sage3.comfyui.override import make_override
 from comfy_sage3.errors import InputError, KernelError
 from comfy_sage3.kernels import build, ops
 from comfy_sage3.precision import PrecisionPlan

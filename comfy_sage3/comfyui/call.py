@@ -94,6 +94,20 @@ class HookCall:
         """Whether q, k and v are free of NaN and infinity; waits for the device."""
         return all(bool(torch.isfinite(t).all()) for t in (self.q, self.k, self.v))
 
+    def of_few_heads(self, count: int = 2) -> HookCall:
+        """This call, of the first batch entry, up to ``count`` heads of k and v and the heads of q that go with them."""
+        q, k, v = (x if self.layout == "HND" else x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        group = q.shape[1] // k.shape[1]
+        of_kv = torch.linspace(0, k.shape[1] - 1, min(count, k.shape[1])).round().long().tolist()
+        of_q = [head * group + i for head in of_kv for i in range(group)]
+        mask = None if self.mask is None else self.mask[:1]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, of_q]
+        q, k, v = q[:1, of_q], k[:1, of_kv], v[:1, of_kv]
+        if self.layout == "NHD":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return HookCall(q, k, v, self.layout, mask, self.scale, self.split_output)
+
     def result(self, out: Tensor) -> Tensor:
         """``out``, in this call's layout, in the form the caller asked for."""
         if self.split_output:

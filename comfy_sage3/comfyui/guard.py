@@ -26,15 +26,33 @@ class Guard:
     def __init__(self) -> None:
         self._seen: set[tuple[Layer | None, str, tuple[int, ...], tuple[int, ...]]] = set()
         self._limits: dict[tuple[Layer | None, str], tuple[Precision, str]] = {}
+        self._no_room: dict[tuple[str, tuple[int, ...], tuple[int, ...]], str] = {}
 
     def reset(self) -> None:
         """A new run begins."""
         self._seen.clear()
         self._limits.clear()
+        self._no_room.clear()
 
-    def limit(self, layer: Layer | None, kernel: str) -> tuple[Precision, str] | None:
-        """What a layer is to have in place of ``kernel`` and why, or None where that is trusted."""
-        return self._limits.get((layer, precision_of(kernel)))
+    def limit(self, layer: Layer | None, kernel: str, call: HookCall) -> tuple[Precision, str] | None:
+        """What a layer's call is to have in place of ``kernel`` and why, or None where that is trusted."""
+        if self._no_room and (reason := self._no_room.get((kernel, call.q_shape, call.k_shape))):
+            return Precision.EXACT, reason
+        return self._limits.get((layer, precision_of(kernel))) if self._limits else None
+
+    def no_room(self, kernel: str, call: HookCall) -> str:
+        """``kernel`` ran out of memory at this shape: it is not tried again in this run. Returns the reason."""
+        reason = f"the GPU's memory did not suffice for {kernel} at {call.q_shape[2]} tokens; exact for the rest of the run"
+        self._no_room[(kernel, call.q_shape, call.k_shape)] = reason
+        return reason
+
+    def is_new(self, layer: Layer | None, kernel: str, call: HookCall) -> bool:
+        """Whether no result of this layer and shape has been looked at."""
+        return (layer, kernel, call.q_shape, call.k_shape) not in self._seen
+
+    def seen(self, layer: Layer | None, kernel: str, call: HookCall) -> None:
+        """A result of this layer and shape has been looked at in another way."""
+        self._seen.add((layer, kernel, call.q_shape, call.k_shape))
 
     @torch.no_grad()
     def check(self, layer: Layer | None, kernel: str, call: HookCall, out: Tensor) -> str | None:

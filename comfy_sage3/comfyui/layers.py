@@ -22,7 +22,12 @@ class Layer:
     index: int
 
     def __str__(self) -> str:
-        return f"layer {self.kind} {self.index}" if self.kind else f"layer {self.index}"
+        return f"layer {self.key}"
+
+    @property
+    def key(self) -> str:
+        """Its name in reports and plans: "3", or "double 3" where a model has kinds."""
+        return f"{self.kind} {self.index}" if self.kind else str(self.index)
 
     @classmethod
     def of(cls, options: Any) -> Layer | None:

@@ -13,8 +13,9 @@ from ..demo.prompts import embed, parse
 from ..errors import InputError, WeightsError
 from ..precision import MIN_TOKENS, Precision, PrecisionPlan
 from . import status
+from .hook import Hook
+from .install import hooks_of, install
 from .layers import LayerList
-from .override import Hook, hooks_of, install
 
 log = logging.getLogger("comfy_sage3")
 FALL_BACK, STOP = "fall back", "stop"
@@ -120,6 +121,12 @@ class Sage3Attention(io.ComfyNode):
                     tooltip="When a kernel fails, or a layer's first result is not finite or disagrees with exact "
                     "attention: fall back to exact attention and say so, or stop.",
                 ),
+                io.Custom("SAGE3_PLAN").Input(
+                    "plan",
+                    optional=True,
+                    tooltip="From Sage3 Precision Plan or Sage3 Load Plan: a precision per layer and step, in place of "
+                    "the one above. The window, min_tokens and exact_layers still hold.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -149,13 +156,14 @@ class Sage3Attention(io.ComfyNode):
         emulate: bool,
         exact_layers: str = "",
         on_trouble: str = FALL_BACK,
+        plan: Any = None,
     ) -> io.NodeOutput:
-        plan = PrecisionPlan(Precision.parse(precision), start_percent, end_percent, min_tokens)
+        wishes = PrecisionPlan(Precision.parse(precision), start_percent, end_percent, min_tokens)
         hook = Hook(
-            plan, emulate=emulate, node_id=cls.hidden.unique_id, exact_layers=LayerList.parse(exact_layers),
-            stop_on_trouble=on_trouble == STOP,
+            wishes, emulate=emulate, node_id=cls.hidden.unique_id, exact_layers=LayerList.parse(exact_layers),
+            stop_on_trouble=on_trouble == STOP, table=plan,
         )  # fmt: skip
-        return io.NodeOutput(install(model, hook, status.publish, status.current_prompt))
+        return io.NodeOutput(install(model, hook, status.publish, status.current_prompt, status.progress))
 
 
 class Sage3Report(io.ComfyNode):
@@ -191,7 +199,11 @@ class Sage3Report(io.ComfyNode):
         message = "\n".join(status.text(h) for h in hooks)
         if not hooks:
             message = "This model did not go through a Sage3 Attention node: attention is ComfyUI's own."
-        shown = {"text": [message], "sage3": [line for h in hooks for line in h.report.lines()]}
+        shown = {
+            "text": [message],
+            "sage3": [line for h in hooks for line in h.report.lines()],
+            "sage3_run": [status.payload(h) for h in hooks],
+        }
         return io.NodeOutput(model, latent, message, ui=shown)
 
 

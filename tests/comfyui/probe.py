@@ -22,7 +22,9 @@ import torch  # noqa: E402
 from comfy.ldm.modules import attention as backends  # noqa: E402
 
 from comfy_sage3.attention import attention  # noqa: E402
-from comfy_sage3.comfyui.override import Hook, install, make_override  # noqa: E402
+from comfy_sage3.comfyui.hook import Hook  # noqa: E402
+from comfy_sage3.comfyui.install import install  # noqa: E402
+from comfy_sage3.comfyui.override import make_override  # noqa: E402
 from comfy_sage3.demo.load import TRANSFORMER_FILE, weights_folder  # noqa: E402
 from comfy_sage3.demo.prompts import embed  # noqa: E402
 from comfy_sage3.precision import PrecisionPlan  # noqa: E402

@@ -118,7 +118,7 @@ class Patcher:
         return wrapped(*args)
 
     def sample(self, sigmas, tokens=96, calls=2, looks=1, options=None, callback=None, sampler=None, steps=True):
-        """``calls`` attention calls for every sigma but a last 0, and ``looks`` such evaluations of it. Returns the last result.
+        """``calls`` attention calls for every sigma, in each of ``looks`` evaluations of it. Returns the last result.
 
         ``options`` changes the transformer_options that a step sees, as nodes that install themselves late do;
         ``steps=False`` is a sampler that never calls back.
@@ -141,7 +141,7 @@ class Patcher:
             for i, sigma in enumerate(sigmas.tolist()[:-1]):
                 for again in range(looks):
                     out = self.run("predict_noise", look, None, sigma)
-                    if steps and again == 0:
+                    if steps and again == 0 and callback is not None:
                         callback(i, out, None, len(sigmas) - 1)
             return out
 

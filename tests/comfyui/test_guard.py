@@ -7,8 +7,9 @@ import torch
 from comfy_sage3.comfyui import override as override_module
 from comfy_sage3.comfyui.call import HookCall
 from comfy_sage3.comfyui.guard import Guard, agreement
+from comfy_sage3.comfyui.hook import Hook
 from comfy_sage3.comfyui.layers import Layer, LayerList
-from comfy_sage3.comfyui.override import Hook, make_override
+from comfy_sage3.comfyui.override import make_override
 from comfy_sage3.errors import KernelError
 from comfy_sage3.precision import PrecisionPlan
 
@@ -117,7 +118,7 @@ def test_bad_inputs_are_not_the_kernels_fault():
     call = HookCall.read(q, k, v, H, skip_reshape=True)
     guard = Guard()
     assert guard.check(Layer("", 0), "int8-sm90", call, torch.full_like(q, torch.nan)) is None
-    assert guard.limit(Layer("", 0), "int8-sm90") is None
+    assert guard.limit(Layer("", 0), "int8-sm90", call) is None
 
 
 @pytest.mark.parametrize("mask", [None, torch.arange(LQ * LK).reshape(LQ, LK) % 3 > 0, torch.linspace(-3, 1, LK)[None]])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from comfy_sage3.comfyui import status
-from comfy_sage3.comfyui.override import SLOT, Hook, hooks_of, install
+from comfy_sage3.comfyui.hook import Hook
+from comfy_sage3.comfyui.install import SLOT, hooks_of, install
 from comfy_sage3.precision import PrecisionPlan
 
 
@@ -54,7 +55,7 @@ def test_the_window_is_compared_in_sigma(comfy, window, inside):
 def test_the_whole_schedule_never_reads_sigma(comfy):
     """On a GPU reading it would wait for the device."""
     _, hook = patched(comfy)
-    hook.enter_step(None, None)
+    hook.enter_step(None, None)  # reading these would raise
     assert hook.inside_window
 
 
@@ -74,7 +75,7 @@ def test_the_outcome_is_told_even_when_sampling_fails(comfy):
     told = []
     model, hook = patched(comfy, done=told.append)
     with pytest.raises(ZeroDivisionError):
-        model.run("outer_sample", lambda: 1 / 0)
+        model.run("outer_sample", lambda **kwargs: 1 / 0)
     assert told == [hook]
 
 
@@ -91,7 +92,7 @@ def test_status_text_names_every_outcome(comfy):
     model, hook = patched(comfy, min_tokens=64)
     model.sample([1.0, 0.5])
     model.sample([1.0], tokens=32)
-    hook.count("fp4", "a reason", True)
+    hook.count(None, "fp4", "exact", "a reason", True)
     text = status.text(hook)
     head, *rows = text.splitlines()
     assert head == "7 attention calls: 4 accelerated, 1 fell back, 2 left exact"

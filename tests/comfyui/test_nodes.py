@@ -108,7 +108,9 @@ def test_attention_node_then_report_node(nodes, comfy):
     assert out.args[:2] == (model, latent)
     assert out.args[2].startswith("4 attention calls: 4 accelerated, 0 fell back")
     (hook,) = hooks_of(model)
+    (run,) = out.ui.pop("sage3_run")
     assert out.ui == {"text": [out.args[2]], "sage3": hook.report.lines()}
+    assert (run["node"], run["calls"], run["accelerated"], run["steps"], run["running"]) == ("7", 4, 4, 2, False)
     assert hook.node_id == "7"
     assert hook.prompt_id == "prompt-1"
 

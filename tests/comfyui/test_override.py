@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from comfy_sage3.attention import attention
 from comfy_sage3.comfyui import override as override_module
-from comfy_sage3.comfyui.override import Hook, make_override
+from comfy_sage3.comfyui.hook import Hook
+from comfy_sage3.comfyui.override import make_override
 from comfy_sage3.errors import InputError
 from comfy_sage3.precision import PrecisionPlan
 
