@@ -1,0 +1,145 @@
+"""The node on Wan in a real ComfyUI: among other nodes, and when things go wrong."""
+
+import pytest
+from tiny_expect import LARGEST_ERROR, fell_back, kept_exact, reasons, served, total
+
+CALLS = 12  # 3 layers, self- and cross-attention, 2 steps
+INT8 = LARGEST_ERROR["int8"]
+
+
+def test_cancelled_midway_nothing_is_left_behind(together):
+    seen = together("interrupted")
+    assert seen["cut"]["event"] == "execution_interrupted"
+    assert CALLS // 2 < seen["cut_calls"] < seen["whole_calls"] == CALLS
+    assert seen["left"] is False
+    assert seen["plain"] == 0
+    assert seen["after"] == 0
+    assert seen["report"]["lines"] == seen["first_report"]["lines"]  # the cancelled run's calls are not among them
+
+
+def test_a_kernel_that_always_fails_costs_the_speed_not_the_video(together):
+    seen = together("kernel_fails")
+    assert seen["ok"]
+    assert seen["apart_from_exact"] == 0
+    assert fell_back(seen["report"]) == total(seen["report"]) == CALLS
+    assert "illegal memory access" in reasons(seen["report"])
+    assert seen["after"] == 0
+    assert served(seen["after_report"]) == total(seen["after_report"]) == CALLS
+
+
+def test_a_kernel_that_fails_once_is_counted_and_said(together):
+    seen = together("kernel_fails_once")
+    assert seen["ok"]
+    assert 0 < seen["apart_from_exact"] < INT8
+    assert total(seen["report"]) == CALLS
+    assert fell_back(seen["report"]) >= 1
+    assert "illegal memory access" in reasons(seen["report"])
+    assert seen["after"] == 0
+    assert fell_back(seen["after_report"]) == 0
+
+
+def test_a_kernel_that_fails_stops_the_run_where_that_is_wished(together):
+    seen = together("kernel_fails_stop")
+    assert not seen["ok"]
+    assert seen["error"]["node_type"] == "KSampler"
+    assert "illegal memory access" in seen["error"]["exception_message"]
+    assert "fall back" in seen["error"]["exception_message"]
+    assert seen["after"] == 0
+
+
+def test_out_of_memory_in_the_kernel(together):
+    """Served exactly and said, or passed on as what it is, which ComfyUI knows how to handle; never a wrong result."""
+    seen = together("out_of_memory")
+    if seen["ok"]:
+        assert fell_back(seen["report"]) >= 1
+        assert "out of memory" in reasons(seen["report"]).lower()
+        assert 0 < seen["apart_from_exact"] < INT8
+    else:
+        assert "OutOfMemory" in seen["error"]["exception_type"]
+    assert seen["after"] == 0
+    assert fell_back(seen["after_report"]) == 0
+
+
+@pytest.mark.parametrize("where", ["before", "after", "both"])
+def test_a_polite_override_beside_ours(together, where):
+    """Ours serves what it would serve alone; what it does not (layer 0, which is to stay exact) reaches the other."""
+    seen = together("other_overrides")
+    assert seen[where]["apart"] == seen["want"] > 0
+    assert (served(seen[where]["report"]), kept_exact(seen[where]["report"])) == (8, 4)
+    assert all(calls >= 4 for calls in seen[where]["counts"].values())
+    assert seen[where]["counts"].get("before", 4) == 4
+
+
+def test_an_override_after_ours_that_takes_over_is_not_reported_as_our_success(together):
+    seen = together("replaced")
+    if seen["apart_from_plain"] == 0:
+        assert served(seen["report"]) == 0
+        assert seen["rude"] == CALLS
+    else:
+        assert seen["apart_from_int8"] == 0
+        assert served(seen["report"]) == CALLS
+
+
+@pytest.mark.parametrize("order", ["ls", "sl"], ids=["before the node", "after the node"])
+def test_a_lora(together, order):
+    seen = together("lora")
+    assert seen["matters"] > 0.1
+    assert seen[order]["exact"] == 0
+    assert 0 < seen[order]["int8"] < INT8
+    assert served(seen[order]["report"]) == CALLS
+    assert seen["without_again"] == 0
+
+
+def test_two_clones_and_the_model_itself_in_one_graph(together):
+    seen = together("clones")
+    assert (seen["int8"], seen["fp4"], seen["plain"]) == (0, 0, 0)
+    int8, fp4, plain = (seen["reports"][key] for key in ("5", "5b", "5c"))
+    assert (served(int8, "int8-emulated"), total(int8)) == (CALLS, CALLS)
+    assert (served(fp4, "fp4-emulated"), total(fp4)) == (8, CALLS)
+    assert "did not go through" in plain["text"]
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_model_merge(together, where):
+    seen = together("merged")[where]
+    assert 0 < seen["apart"] < INT8
+    assert served(seen["report"]) == total(seen["report"]) == CALLS
+
+
+def test_a_control_net(together, request):
+    seen = together("controlled")
+    assert seen["matters"] > 0.1
+    assert seen["int8"] < INT8
+    assert total(seen["report"]) > 0
+
+
+def test_a_cache_that_leaves_out_passes(together):
+    """Calls that were not made are not counted."""
+    seen = together("cached_steps")
+    assert seen["plain_calls"] == seen["calls"] < 8 * CALLS // 2
+    assert total(seen["report"]) == served(seen["report"]) == seen["calls"]
+    assert 0 < seen["apart"] < INT8
+
+
+def test_torch_compile_of_the_whole_model(together):
+    seen = together("compiled")
+    assert 0 < seen["apart_from_plain"] < INT8
+    assert seen["apart_from_int8"] < 1e-5
+    for report in (seen["report"], seen["second_report"]):
+        assert served(report) == total(report) == CALLS
+
+
+def test_the_window_follows_the_samplers_sigmas(together):
+    seen = together("window")
+    exact = [c["error"] == 0 for c in seen["calls"]]
+    steps = [exact[i : i + 6] for i in range(0, len(exact), 6)]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert [step[0] for step in steps] == sorted(step[0] for step in steps)  # low bits first, then exact
+    assert 0 < kept_exact(seen["report"]) == sum(exact) < len(exact)
+    assert "outside the window" in reasons(seen["report"])
+
+
+def test_a_model_that_never_asks_is_recognised(together):
+    report = together("no_hook")["report"]
+    assert total(report) == 0
+    assert "never called" in report["text"]
