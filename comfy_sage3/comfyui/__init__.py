@@ -12,7 +12,7 @@ def extension() -> Any:
     """The V3 extension with the pack's nodes; also makes the bundled weights visible to the stock loaders."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import compare_node, nodes, routes
+    from . import compare_node, nodes, plan_node, routes, training_node
 
     class Sage3Extension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -21,6 +21,9 @@ def extension() -> Any:
                 nodes.Sage3Report,
                 nodes.Sage3DemoPrompt,
                 compare_node.Sage3Compare,
+                plan_node.Sage3PrecisionPlan,
+                plan_node.Sage3LoadPlan,
+                training_node.Sage3TrainingAttention,
             ]
 
     nodes.register_weights()

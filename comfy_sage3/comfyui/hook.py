@@ -36,7 +36,7 @@ class Hook:
 
     def __init__(
         self, plan: PrecisionPlan, *, emulate: bool = False, node_id: str | None = None,
-        exact_layers: LayerList = NO_LAYERS, stop_on_trouble: bool = False, table: Table | None = None,
+        exact_layers: LayerList = NO_LAYERS, stop_on_trouble: bool = False, table: Table | None = None, note: str = "",
     ) -> None:  # fmt: skip
         self.plan = plan
         self.emulate = emulate
@@ -44,6 +44,7 @@ class Hook:
         self.exact_layers = exact_layers
         self.stop_on_trouble = stop_on_trouble
         self.table = table
+        self.note = note  # a sentence for the node, whatever happened
         self.guard = Guard()
         self.report = Report()
         self.tally = Tally()

@@ -177,12 +177,16 @@ class Sage3Report(io.ComfyNode):
             category="sage3",
             description=(
                 "Says what Sage3 Attention did for this model: calls accelerated, calls that fell back, and "
-                "why. Put it after the sampler: the model is the one that was sampled, the latent the result."
+                "why. Put it after the sampler: the model is the one that was sampled, the latent the result. "
+                "After Train LoRA, connect what that made to 'after'."
             ),
             inputs=[
                 io.Model.Input("model"),
                 io.Latent.Input(
-                    "latent", tooltip="Connect the sampler's result: the report is made after it."
+                    "latent", optional=True, tooltip="Connect the sampler's result: the report is made after it."
+                ),
+                io.AnyType.Input(
+                    "after", optional=True, tooltip="Anything else that is made by running the model, such as a LoRA's loss."
                 ),
             ],
             outputs=[
@@ -194,7 +198,12 @@ class Sage3Report(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, latent: dict[str, Any]) -> io.NodeOutput:
+    def execute(cls, model: Any, latent: dict[str, Any] | None = None, after: Any = None) -> io.NodeOutput:
+        if latent is None and after is None:
+            raise InputError(
+                "Sage3 Report has to run after the sampler: connect the sampler's result to 'latent', "
+                "or anything else that was made with this model to 'after'."
+            )
         hooks = hooks_of(model)
         message = "\n".join(status.text(h) for h in hooks)
         if not hooks:

@@ -36,6 +36,8 @@ def text(hook: Hook) -> str:
         said.append(NO_LAYERS)
     if hook.replaced:
         said.append(REPLACED)
+    if hook.note:
+        said.append(hook.note)
     return "\n".join(said)
 
 

@@ -2,7 +2,8 @@
 
 A sampler calls back once a step, after the step's first look at the model, so the calls back are counted. What a sampler
 evaluates between two steps (the second look of heun, dpm_2 and their like) lies nearer to the step that follows and counts
-as that one. Two samplers place their own steps: there the noise level is read off the device, once a step.
+as that one. Samplers that place their own steps, and what is no sampler of the usual kind (training), are not counted: there
+the noise level is read off the device, where it is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Steps:
         """A sampling over ``sigmas`` (steps + 1,) begins: they are read here, before the loop."""
         self.sigmas = () if sigmas is None else tuple(sigmas.detach().float().cpu().tolist())
         self.index, self._looks = 0, 0
-        self._counted = getattr(getattr(sampler, "sampler_function", None), "__name__", "") not in OWN_STEPS
+        function = getattr(sampler, "sampler_function", None)
+        self._counted = function is not None and getattr(function, "__name__", "") not in OWN_STEPS
 
     def end(self) -> None:
         """The sampling is over: nothing is known any more."""

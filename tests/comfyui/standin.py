@@ -145,6 +145,7 @@ class Patcher:
                         callback(i, out, None, len(sigmas) - 1)
             return out
 
+        sampler = sampler or types.SimpleNamespace(sampler_function=sampling)  # as those of ComfyUI's own list have
         given = (None, None, sampler, torch.tensor(sigmas), None, callback, True)
         return self.run("outer_sample", sampling, *given, class_obj=self)
 
@@ -168,7 +169,8 @@ def modules() -> dict[str, types.ModuleType]:
         )
 
     kinds = {
-        k: kind() for k in ("Model", "Combo", "Float", "Int", "Boolean", "Latent", "String", "Conditioning", "Image")
+        k: kind()
+        for k in ("Model", "Combo", "Float", "Int", "Boolean", "Latent", "String", "Conditioning", "AnyType", "Image")
     }
 
     class NodeOutput:
