@@ -1,69 +1,44 @@
-// Shows what became of a model's attention calls: on each Sage3 Attention node when a sampling ends, and on each
-// Sage3 Report node when it has run. A DOM widget, not a drawing on the canvas, so that it appears in the classic
-// and in the Vue renderer alike.
+// Sage3 Attention says on the node what becomes of the model's attention, while it samples and after.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
+import { addWidget, el, findNode, loadStyle, loadWords, setting, t } from "./sage3_common.js";
+import { refill, summary } from "./sage3_run.js";
 
-const WAITING = {
-    Sage3Attention: "No sampling since this page was opened.",
-    Sage3Report: "Not run since this page was opened.",
-};
-const COLOUR = { accelerated: "#5a9", fell_back: "#c83", exact: "#777" };
+const boxes = new WeakMap(); // node -> its element
 
-// A node inside subgraphs is named by the ids on the way to it: "12:7".
-function findNode(id) {
-    let graph = app.rootGraph ?? app.graph;
-    let node = null;
-    for (const part of String(id).split(":")) {
-        node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)) ?? null;
-        graph = node?.subgraph;
-    }
-    return node;
-}
-
-function addStatus(node, text) {
-    const box = document.createElement("div");
-    box.textContent = text;
-    Object.assign(box.style, {
-        whiteSpace: "pre-wrap",
-        overflowY: "auto",
-        fontSize: "11px",
-        lineHeight: "1.35",
-        padding: "4px 6px",
-        boxSizing: "border-box",
-        color: "var(--descrip-text, #999)",
-        background: "var(--comfy-input-bg, #222)",
-        borderRadius: "4px",
-    });
-    const widget = node.addDOMWidget("sage3_status", "sage3_status", box, {
-        serialize: false, // not part of the prompt
-        hideOnZoom: false,
-        getMinHeight: () => 84,
-        getValue: () => box.textContent,
-        setValue: () => {},
-    });
-    widget.serialize = false; // nor of the saved workflow
-    node.sage3Status = box;
+export function showRun(node, run) {
+    const box = boxes.get(node);
+    if (!box) return;
+    refill(box, summary(run));
+    box.dataset.state = run.running ? "running" : "done";
 }
 
 app.registerExtension({
     name: "sage3.status",
-    nodeCreated(node) {
-        const text = WAITING[node.comfyClass];
-        if (text) addStatus(node, text);
+    settings: [
+        {
+            id: "Sage3.LiveStatus",
+            category: ["Sage3", "Display", "LiveStatus"],
+            name: "Show on Sage3 Attention what happens while sampling",
+            tooltip: "Off: the node is told once, when sampling has ended.",
+            type: "boolean",
+            defaultValue: true,
+        },
+    ],
+    async setup() {
+        loadStyle();
+        await loadWords();
+        api.addEventListener("sage3.status", ({ detail: run }) => {
+            if (run.running && !setting("Sage3.LiveStatus", true)) return;
+            const node = findNode(run.node);
+            if (node) showRun(node, run);
+        });
     },
-    setup() {
-        api.addEventListener("sage3.status", ({ detail }) => {
-            const box = findNode(detail.node)?.sage3Status;
-            if (!box) return;
-            const outcome = detail.accelerated > 0 ? "accelerated" : detail.fell_back > 0 || !detail.lines.length ? "fell_back" : "exact";
-            box.textContent = detail.text;
-            box.style.borderLeft = `3px solid ${COLOUR[outcome]}`;
-        });
-        api.addEventListener("executed", ({ detail }) => {
-            const node = findNode(detail.display_node ?? detail.node);
-            const text = detail.output?.text;
-            if (node?.comfyClass === "Sage3Report" && node.sage3Status && text) node.sage3Status.textContent = text.join("\n");
-        });
+    nodeCreated(node) {
+        if (node.comfyClass !== "Sage3Attention") return;
+        const hint = el("span", { className: "sage3-quiet" }, t("Nothing sampled since this page was opened."));
+        const box = el("div", { className: "sage3 sage3-status", "data-state": "waiting" }, hint);
+        boxes.set(node, box);
+        addWidget(node, "sage3_status", box, 96);
     },
 });
