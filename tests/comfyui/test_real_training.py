@@ -30,13 +30,14 @@ def workflow(**sage):
     def node(kind, **inputs):
         return {"class_type": kind, "inputs": inputs}
 
+    sage = {"precision": "int8", "min_tokens": 16, "emulate": True} | sage
     sample = {
         "seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
         "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0],
     }  # fmt: skip
     return {
         "1": node("UNETLoader", unet_name="sage3_demo_wan.safetensors", weight_dtype="default"),
-        "2": node("Sage3TrainingAttention", model=["1", 0], **{"precision": "int8", "min_tokens": 16, "emulate": True} | sage),
+        "2": node("Sage3TrainingAttention", model=["1", 0], **sage),
         "4": node("Sage3DemoPrompt", text="a large red circle moving left quickly on a black background"),
         "5": node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1),
         "6": node(
