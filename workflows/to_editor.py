@@ -16,7 +16,10 @@ from typing import Any
 
 COLUMN, GAP, TOP = 400, 50, 0
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-EXTRA_HEIGHT = {"SaveAnimatedWEBP": 260, "Sage3Report": 120, "Sage3Attention": 120, "Sage3DemoPrompt": 80}
+EXTRA_HEIGHT = {
+    "SaveAnimatedWEBP": 260, "Sage3Report": 220, "Sage3Attention": 150, "Sage3DemoPrompt": 80, "Sage3Compare": 500,
+}  # fmt: skip
+EXTRA_WIDTH = {"Sage3Compare": 240, "Sage3Report": 40}
 
 
 def definitions(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -83,7 +86,7 @@ def to_editor(workflow: dict[str, Any], infos: dict[str, Any], note: str) -> dic
             "id": int(key),
             "type": node["class_type"],
             "pos": [column * COLUMN, y],
-            "size": [COLUMN - 80, height],
+            "size": [COLUMN - 80 + EXTRA_WIDTH.get(node["class_type"], 0), height],
             "flags": {},
             "order": order,
             "mode": 0,
@@ -136,7 +139,10 @@ NOTE = """**The same prompt and seed, once with exact attention (A) and once wit
 
 The model is bundled and tiny; its prompts use a small vocabulary (colours, shapes, motions, backgrounds).
 `emulate` runs the 4-bit method in plain PyTorch where no kernel exists: quality is real, speed is not.
-After a run each Sage3 Attention node says how many calls it served and why others fell back.
+After a run each Sage3 Attention node says how many calls it served and why others fell back. The bottom panel's tab Sage3 has
+the map of layers and steps.
+"""
+COMPARE_NOTE = """Sage3 Compare, on the right, shows both videos with a wipe, frame by frame.
 """
 LATENT_NOTE = """
 This variant saves latents, not videos: ComfyUI before 0.3.76 cannot load a Wan VAE of the bundled width.
@@ -154,7 +160,8 @@ def main() -> None:
     for path in args.workflows:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         saves_latents = any(n["class_type"] == "SaveLatent" for n in workflow.values())
-        editor = to_editor(workflow, infos, NOTE + LATENT_NOTE * saves_latents)
+        compares = any(n["class_type"] == "Sage3Compare" for n in workflow.values())
+        editor = to_editor(workflow, infos, NOTE + COMPARE_NOTE * compares + LATENT_NOTE * saves_latents)
         text = json.dumps(editor, indent=1) + "\n"
         path.with_name(f"{path.stem}.ui.json").write_text(text, encoding="utf-8")
 

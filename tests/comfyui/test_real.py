@@ -1,5 +1,6 @@
 """The pack in a real ComfyUI: COMFYUI_PATH names a checkout, COMFYUI_PYTHON its Python."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from comfy_sage3.errors import EngineError
-from comfy_sage3.workflow import load_workflow, serve
+from comfy_sage3.workflow import OutputFile, load_workflow, serve
 from comfy_sage3.workflow.command import save
 from comfy_sage3.workflow.server import find_python
 
@@ -87,7 +88,7 @@ def test_editor_and_api_formats_agree(client, name):
             continue
         spec = client.object_info(node["type"])[node["type"]]["input"]
         values = iter(node["widgets_values"])
-        inputs = {s["name"]: links[s["link"]] for s in node["inputs"]}
+        inputs = {s["name"]: links[s["link"]] for s in node["inputs"] if s["link"] is not None}
         for key, (kind, *rest) in {**spec["required"], **spec.get("optional", {})}.items():
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                 inputs[key] = next(values)
@@ -159,12 +160,22 @@ def test_videos(client, version, tmp_path):
         with pytest.raises(EngineError, match=r"Node 6 \(VAELoader\) failed: .*size mismatch"):
             run(client, made, tmp_path)
         return
-    _, paths = run(client, made, tmp_path)
+    entry, paths = run(client, made, tmp_path)
     from PIL import Image
 
     for path in (p for p in paths if p.suffix == ".webp"):
         with Image.open(path) as video:
             assert (video.size, video.n_frames) == ((64, 64), 5)
+    (found,) = entry["outputs"]["30"]["sage3_compare"]
+    assert (found["frames"], found["width"], found["labels"]) == (5, 64, ["exact", "fp4"])
+    assert all(10 < x < 100 for x in found["psnr"])
+    assert found["psnr"][found["worst"]] == min(found["psnr"])
+    assert client.texts(entry)["30"].startswith("fp4 against exact, 5 frames of 64x64: mean PSNR ")
+    where = found["files"]
+    for name in (*where["a"], *where["b"]):
+        picture = client.download(OutputFile("30", name, where["subfolder"], where["type"]))
+        with Image.open(io.BytesIO(picture)) as frame:
+            assert frame.size == (64, 64)
 
 
 def test_an_unknown_word_is_refused_before_anything_runs(client):
