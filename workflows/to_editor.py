@@ -139,8 +139,8 @@ NOTE = """**The same prompt and seed, once with exact attention (A) and once wit
 
 The model is bundled and tiny; its prompts use a small vocabulary (colours, shapes, motions, backgrounds).
 `emulate` runs the 4-bit method in plain PyTorch where no kernel exists: quality is real, speed is not.
-After a run each Sage3 Attention node says how many calls it served and why others fell back. The bottom panel's tab Sage3 has
-the map of layers and steps.
+After a run each Sage3 Attention node says how many calls it served and why others fell back. The tab Sage3 of the
+bottom panel has the map of layers and steps.
 """
 COMPARE_NOTE = """Sage3 Compare, on the right, shows both videos with a wipe, frame by frame.
 """
