@@ -21,6 +21,9 @@ STEPS, LAYERS = 2, 6
 @pytest.fixture(scope="module")
 def client():
     with serve(COMFYUI, python=PYTHON) as made:
+        outputs = made.object_info("TrainLoraNode")["TrainLoraNode"]["output"]
+        if outputs[0] != "LORA_MODEL":
+            pytest.skip(f"this ComfyUI's Train LoRA gives {outputs[0]} first: the workflow is for those that give the LoRA")
         yield made
 
 
