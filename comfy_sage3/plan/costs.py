@@ -33,11 +33,11 @@ class Rates(NamedTuple):
 # Exact: PyTorch's FlashAttention-2 in bf16. int8: SageAttention's 8-bit kernel, as published for this GPU with
 # SageAttention3 (arXiv 2505.11594, figures 4 and 5). fp4: fitted to what users measured with all of its quantisation
 # (issue 342 of thu-ml/SageAttention: 278, 392, 535, 655, 727, 778 TFLOPS from 1024 to 32768 tokens), which the fit meets
-# within 8 %; hd64 in the ratio of the paper. Nobody has timed this pack's own kernels on it.
+# within 7 %; hd64 in the ratio of the paper. Nobody has timed this pack's own kernels on it.
 RATES = {
     Precision.EXACT: Rates(218, 212, 0.0, 5e-6),
-    Precision.INT8: Rates(428, 479, 3.0, 15e-6),
-    Precision.FP4: Rates(690, 850, 3.8, 15e-6),
+    Precision.INT8: Rates(428, 479, 2.8, 8e-6),
+    Precision.FP4: Rates(690, 850, 3.5, 8e-6),
 }
 
 
@@ -56,9 +56,10 @@ def costs_of(device: torch.device, emulate: bool) -> Costs:
     call = Call((1, 8, 4096, 128), (1, 8, 4096, 128), torch.bfloat16, device.type, capability_of(device))
     kernels = {p: decide(call, p, emulate=emulate) for p in LOW}
     found = tuple(p for p in LOW if not kernels[p].fell_back)
-    emulated = tuple(p for p in found if kernels[p].kernel.endswith("-emulated") and p in RATES)
-    if emulated:
-        return Costs(MODELLED, MODEL_OF, tuple(p for p in found if p in RATES), emulated)
+    emulated = tuple(p for p in found if kernels[p].kernel.endswith("-emulated"))
+    if any(p in RATES for p in emulated):
+        return Costs(MODELLED, MODEL_OF, tuple(p for p in found if p in RATES), tuple(p for p in emulated if p in RATES))
+    found = tuple(p for p in found if p not in emulated)  # int8-fast where only Hopper has it
     name = torch.cuda.get_device_name(device) if found else device.type
     return Costs(MEASURED, name, found)
 

@@ -165,8 +165,9 @@ def _colour(error: float) -> Colour:
 
 
 def _ink_on(fill: Colour) -> Colour:
-    """Black or white, whichever stands out more (luminance of ITU-R BT.709, close enough without gamma)."""
-    return INK if 0.2126 * fill[0] + 0.7152 * fill[1] + 0.0722 * fill[2] > 128 else PAPER
+    """Black or white, whichever stands out more: relative luminance, with a gamma of 2.2 for sRGB's curve."""
+    r, g, b = ((c / 255) ** 2.2 for c in fill)
+    return INK if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.19 else PAPER
 
 
 def _number(error: float) -> str:

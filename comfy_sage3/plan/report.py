@@ -14,7 +14,7 @@ def report(plan: LayerPlan) -> str:
     budget = plan.budget
     named = f"layer {layer}" if layer else "the model"
     lines = [
-        f"Plan for {plan.model}: {len(plan.layers)} layers, {sum(plan.steps)} steps, of which {len(plan.sigmas)} were measured.",
+        f"Plan for {plan.model}: {len(plan.layers)} layers, {sum(plan.steps)} steps, {len(plan.sigmas)} of them measured.",
         ", ".join(f"{p.value} in {n} of {total} layer steps ({n / total:.0%})" for p, n in counts.items()) + ".",
         f"Error: {plan.mean_error:.4f} in the mean (budget {budget.name}: {budget.error:g}), at most {worst:.4f} "
         f"({named} at sigma {sigma:.3g}; limit {budget.most:g}).",

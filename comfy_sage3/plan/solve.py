@@ -5,7 +5,8 @@
 A cell's choices on the lower convex hull of (error, cost) are steps with falling saving per error. Taken in the order of
 that rate over all cells, they solve the linear relaxation (Dyer 1984, Zemel 1984): the optimum of every budget that ends at
 a step, and otherwise a lower bound that differs from the optimum by less than the one step that does not fit whole. What it
-leaves of the budget is then filled with whatever still fits.
+leaves of the budget is then filled with whatever still fits. Where the cells are few enough, as with tens of layers at a few
+steps, a dynamic program then looks at everything that could still be cheaper: the optimum is found, and known to be it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ BUDGETS = {"draft": 0.10, "balanced": 0.04, "faithful": 0.01}
 
 MOST_OF_A_CELL = 3.0
 """No cell may have more than this many times the budget: the mean must not hide a layer that is lost."""
+
+
+WORK = 400_000  # assignments of some of the cells that the dynamic program may look at: a second or so
 
 
 class Choice(NamedTuple):
@@ -81,18 +85,23 @@ def solve(cells: Sequence[Sequence[Choice]], weights: Sequence[float], budget: f
     ]
     # by saving per error, the best first; equal rates in the order of the cells, so that a plan can be made again
     steps.sort(key=lambda s: (-_rate(s), s.cell))
-    bound = math.fsum(w * cell[p].cost for cell, w, p in zip(cells, weights, picks, strict=True))
-    full = False  # a step did not fit whole: the relaxation ends inside it
+    bound = _cost(cells, weights, picks)
+    rate = 0.0  # the saving per error at which the budget ends, inside a step that does not fit whole
     for step in steps:
         fits = step.error <= slack
-        if not full:
+        if not rate:
             bound -= step.saving if fits else step.saving * slack / step.error
-            full = not fits
+            rate = 0.0 if fits else _rate(step)
         if fits and picks[step.cell] == step.before:  # later ones may still fit
             picks[step.cell] = step.choice
             slack -= step.error
     _fill(cells, weights, picks, limit, most)
-    cost = math.fsum(w * cell[p].cost for cell, w, p in zip(cells, weights, picks, strict=True))
+    cost = _cost(cells, weights, picks)
+    if rate and cost > bound:
+        known, better = _search(cells, weights, limit, most, rate, cost)
+        picks = better or picks
+        cost = _cost(cells, weights, picks)
+        bound = cost if known else bound
     return Solution(tuple(picks), cost, _mean(cells, weights, picks), min(bound, cost))
 
 
@@ -126,6 +135,10 @@ def _mean(cells: Sequence[Sequence[Choice]], weights: Sequence[float], picks: Se
     return errors / total if total else 0.0
 
 
+def _cost(cells: Sequence[Sequence[Choice]], weights: Sequence[float], picks: Sequence[int]) -> float:
+    return math.fsum(w * cell[p].cost for cell, w, p in zip(cells, weights, picks, strict=True))
+
+
 def _fill(cells: Sequence[Sequence[Choice]], weights: Sequence[float], picks: list[int], limit: float, most: float) -> None:
     """Spend what is left of the budget: each time the change that saves the most of those that fit, of any choice."""
     while True:
@@ -141,3 +154,45 @@ def _fill(cells: Sequence[Sequence[Choice]], weights: Sequence[float], picks: li
         if best is None:
             return
         picks[best[1]] = best[2]
+
+
+def _search(
+    cells: Sequence[Sequence[Choice]], weights: Sequence[float], limit: float, most: float, rate: float, best: float
+) -> tuple[bool, list[int] | None]:
+    """Whether all that could cost less than ``best`` was looked at, and the cheapest of it, None where there is nothing.
+
+    Cell by cell, keeps the partial assignments of which none other has both less error and less cost, and which may still
+    come out below ``best``: what is left of the budget is worth at most ``rate`` per error, whatever the other cells do.
+    """
+    usable = [[(j, c) for j, c in enumerate(cell) if c.error <= most and math.isfinite(c.cost)] for cell in cells]
+    rest = [0.0]
+    for cell, w in zip(reversed(usable), reversed(weights), strict=True):
+        rest.append(rest[-1] + min(w * (c.cost + rate * c.error) for _, c in cell))
+    rest.reverse()
+    least = best * (1 - 1e-9)  # gains below rounding are none
+    states: list[tuple[float, float, tuple[object, int] | None]] = [(0.0, 0.0, None)]  # error, cost, way here
+    work = 0
+    for i, (cell, w) in enumerate(zip(usable, weights, strict=True)):
+        work += len(states) * len(cell)
+        if work > WORK:
+            return False, None
+        grown = []
+        for error, cost, way in states:
+            for j, choice in cell:
+                e, c = error + w * choice.error, cost + w * choice.cost
+                if e <= limit and c + rest[i + 1] - rate * (limit - e) < least:
+                    grown.append((e, c, (way, j)))
+        grown.sort(key=lambda state: state[:2])
+        states, cheapest = [], math.inf
+        for state in grown:
+            if state[1] < cheapest:
+                states.append(state)
+                cheapest = state[1]
+    if not states:
+        return True, None
+    picks: list[int] = []
+    at = states[-1][2]
+    while at is not None:
+        at, j = at  # type: ignore[assignment]
+        picks.append(j)
+    return True, picks[::-1]

@@ -197,6 +197,11 @@ def modules() -> dict[str, types.ModuleType]:
     return {
         "comfy": module("comfy"),
         "comfy.utils": module("comfy.utils", ProgressBar=ProgressBar),
+        "comfy.samplers": module("comfy.samplers", KSampler=KSampler),
+        "comfy.model_management": module(
+            "comfy.model_management", throw_exception_if_processing_interrupted=KSampler.throw_if_interrupted
+        ),
+        "nodes": module("nodes", common_ksampler=KSampler.common),
         "aiohttp": module("aiohttp", web=types.SimpleNamespace(json_response=Answer)),
         "comfy.ldm": module("comfy.ldm"),
         "comfy.ldm.modules": module("comfy.ldm.modules", attention=types.SimpleNamespace(optimized_attention=attend)),
@@ -214,6 +219,7 @@ def modules() -> dict[str, types.ModuleType]:
             folders=folders,
             add_model_folder_path=lambda name, path: folders.setdefault(name, []).append(path),
             get_temp_directory=lambda: folders["temp"][0],
+            get_user_directory=lambda: folders["user"][0],
         ),
         "server": module("server", PromptServer=Server),
     }
@@ -230,6 +236,29 @@ class ProgressBar:
 
     def update(self, value):
         self.done += value
+
+
+class Interrupted(Exception):
+    """ComfyUI's InterruptProcessingException."""
+
+
+class KSampler:
+    """What ComfyUI's KSampler offers and runs; the user may have cancelled."""
+
+    SAMPLERS, SCHEDULERS = ["euler", "heun"], ["simple", "normal"]
+    interrupted = False
+
+    @classmethod
+    def throw_if_interrupted(cls):
+        if cls.interrupted:
+            raise Interrupted
+
+    @staticmethod
+    def common(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise=1.0):
+        """Sigmas fall evenly to 0; heun looks twice, euler once, each time at the step's own sigma."""
+        sigmas = [1 - i / steps for i in range(steps)]
+        out = model.sample(sigmas, latent["tokens"], looks=1 + (sampler_name == "heun"))
+        return ({**latent, "samples": out},)
 
 
 class Answer:

@@ -35,7 +35,8 @@ def load_pack(name):
     return module
 
 
-def test_the_pack_loads_as_comfyui_loads_it(comfy, monkeypatch):
+def test_the_pack_loads_as_comfyui_loads_it(comfy, monkeypatch, tmp_path):
+    sys.modules["folder_paths"].folders["user"] = [str(tmp_path)]
     for missing in ("gradio", "diffusers", "skimage", "matplotlib", "imageio"):
         monkeypatch.setitem(sys.modules, missing, None)  # importing it would raise
     name = "/somewhere/custom_nodes/comfy-sage3"
@@ -46,7 +47,9 @@ def test_the_pack_loads_as_comfyui_loads_it(comfy, monkeypatch):
         extension = asyncio.run(pack.comfy_entrypoint())
         found = asyncio.run(extension.get_node_list())
         schemas = [n.define_schema().options for n in found]
-        assert {s["node_id"] for s in schemas} >= {"Sage3Attention", "Sage3Report", "Sage3DemoPrompt", "Sage3Compare"}
+        assert {s["node_id"] for s in schemas} >= {
+            "Sage3Attention", "Sage3Report", "Sage3DemoPrompt", "Sage3Compare", "Sage3PrecisionPlan", "Sage3LoadPlan",
+        }  # fmt: skip
         assert found[0].__module__.startswith(name)
         for schema in schemas:
             assert (ROOT / "web" / "docs" / f"{schema['node_id']}.md").is_file()
@@ -56,7 +59,8 @@ def test_the_pack_loads_as_comfyui_loads_it(comfy, monkeypatch):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_node_and_input_has_a_name_in_every_language(comfy, language):
+def test_every_node_and_input_has_a_name_in_every_language(comfy, language, tmp_path):
+    sys.modules["folder_paths"].folders["user"] = [str(tmp_path)]
     from comfy_sage3.comfyui import extension
 
     said = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
