@@ -54,6 +54,12 @@ export function addWidget(node, name, element, height) {
     });
     widget.serialize = false;
     element.style.minHeight = `${height}px`; // the Vue renderer goes by the element alone
+    element.dataset.node = node.id;
+    const named = node.onAdded; // a new node gets its id when it is put into a graph
+    node.onAdded = function (...args) {
+        named?.apply(this, args);
+        element.dataset.node = this.id;
+    };
     leaveZoomToCanvas(element);
     return widget;
 }
