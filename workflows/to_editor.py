@@ -18,6 +18,7 @@ COLUMN, GAP, TOP = 400, 50, 0
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 EXTRA_HEIGHT = {
     "SaveAnimatedWEBP": 260, "Sage3Report": 220, "Sage3Attention": 150, "Sage3DemoPrompt": 80, "Sage3Compare": 500,
+    "PreviewImage": 300,
 }  # fmt: skip
 EXTRA_WIDTH = {"Sage3Compare": 240, "Sage3Report": 40}
 
@@ -142,6 +143,15 @@ The model is bundled and tiny; its prompts use a small vocabulary (colours, shap
 After a run each Sage3 Attention node says how many calls it served and why others fell back. The tab Sage3 of the
 bottom panel has the map of layers and steps.
 """
+PLAN_NOTE = """**Calibrate once, then run with the plan.**
+
+Sage3 Precision Plan samples with exact attention, measures what 4 and 8 bits would cost in each layer at four steps, and
+finds the fastest precisions within the budget; its heat map shows both. Sage3 Attention follows the plan, and Sage3 Report
+says layer by layer whether it could. The plan is saved as "demo": next time Sage3 Load Plan will do.
+
+`emulate` plans for a GPU with 4-bit kernels, and runs them in plain PyTorch where there are none: quality is real, speed
+is not.
+"""
 COMPARE_NOTE = """Sage3 Compare, on the right, shows both videos with a wipe, frame by frame.
 """
 LATENT_NOTE = """
@@ -161,7 +171,9 @@ def main() -> None:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         saves_latents = any(n["class_type"] == "SaveLatent" for n in workflow.values())
         compares = any(n["class_type"] == "Sage3Compare" for n in workflow.values())
-        editor = to_editor(workflow, infos, NOTE + COMPARE_NOTE * compares + LATENT_NOTE * saves_latents)
+        plans = any(n["class_type"] == "Sage3PrecisionPlan" for n in workflow.values())
+        note = PLAN_NOTE if plans else NOTE
+        editor = to_editor(workflow, infos, note + COMPARE_NOTE * compares + LATENT_NOTE * saves_latents)
         text = json.dumps(editor, indent=1) + "\n"
         path.with_name(f"{path.stem}.ui.json").write_text(text, encoding="utf-8")
 

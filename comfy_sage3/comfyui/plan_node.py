@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -161,7 +162,8 @@ class Sage3PrecisionPlan(io.ComfyNode):
         said = report(plan)
         if file_name.strip():
             said += f"\nSaved as {plan_files.save(file_name, plan).name}."
-        return io.NodeOutput(plan, _image(plan), said, latent, ui={"text": [said]})
+        shown = {"text": [said], "sage3_plan": [json.loads(plan.to_json())]}  # in the history, for scripts
+        return io.NodeOutput(plan, _image(plan), said, latent, ui=shown)
 
 
 def _nothing_seen(look: Calibrator) -> str:

@@ -79,7 +79,7 @@ def test_text_can_be_read_on_every_colour():
             c /= 255
             return c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
 
-        high, low = sorted((0.2126 * linear(c[0]) + 0.7152 * linear(c[1]) + 0.0722 * linear(c[2]) for c in (a, b)))[::-1]
+        high, low = sorted(0.2126 * linear(c[0]) + 0.7152 * linear(c[1]) + 0.0722 * linear(c[2]) for c in (a, b))[::-1]
         return (high + 0.05) / (low + 0.05)
 
     for fill in (*CHOICES.values(), *(heatmap._colour(0.001 * 1.1**i) for i in range(73))):

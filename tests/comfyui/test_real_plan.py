@@ -1,0 +1,193 @@
+"""Calibrate, then run with the plan, in a real ComfyUI: COMFYUI_PATH names a checkout, COMFYUI_PYTHON its Python."""
+
+import copy
+import io
+import json
+import os
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from PIL import Image
+
+from comfy_sage3.errors import EngineError
+from comfy_sage3.plan import LayerPlan
+from comfy_sage3.precision import Precision
+from comfy_sage3.workflow import load_workflow, serve
+from comfy_sage3.workflow.command import save
+from comfy_sage3.workflow.server import find_python
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "calibrate_then_run"
+LAYERS, STEPS = 6, 3
+
+if not os.environ.get("COMFYUI_PATH"):
+    pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to run the pack in", allow_module_level=True)
+
+COMFYUI = Path(os.environ["COMFYUI_PATH"])
+PYTHON = find_python(COMFYUI, Path(os.environ["COMFYUI_PYTHON"]) if os.environ.get("COMFYUI_PYTHON") else None)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serve(COMFYUI, python=PYTHON) as made:
+        yield made
+
+
+def workflow(**plan_settings):
+    """The shipped workflow with few steps, saving latents in place of videos.
+
+    Its size stays: shorter calls gain nothing, and the plan would say exact.
+    """
+    made = load_workflow(ROOT / "workflows" / f"{NAME}.json")
+    for key, prefix in (("12", "calibrated_exact"), ("23", "planned")):
+        samples = made[key]["inputs"]["samples"]
+        made[key] = {"class_type": "SaveLatent", "inputs": {"samples": samples, "filename_prefix": f"sage3/{prefix}"}}
+    del made["6"], made["30"]
+    for node in made.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = STEPS
+    made["10"]["inputs"] |= {"calibrated_steps": 2} | plan_settings
+    return made
+
+
+@pytest.fixture(scope="module")
+def ran(client, tmp_path_factory):
+    """One run of the workflow, with the exact run made once more by KSampler itself."""
+    made = workflow(budget="custom", custom_error=0.04, file_name="demo")
+    made["31"] = copy.deepcopy(made["21"])
+    made["31"]["inputs"]["model"] = ["2", 0]
+    made["33"] = {"class_type": "SaveLatent", "inputs": {"samples": ["31", 0], "filename_prefix": "sage3/plain"}}
+    entry = client.wait(client.submit(made), timeout=600)
+    paths = save(client, entry, tmp_path_factory.mktemp("out"))
+    return entry["outputs"], paths
+
+
+def plan_of(outputs):
+    return LayerPlan.from_json(json.dumps(outputs["10"]["sage3_plan"][0]))
+
+
+def latent(paths, side):
+    from safetensors.torch import load_file
+
+    (path,) = [p for p in paths if side in p.name]
+    return load_file(path)["latent_tensor"]
+
+
+def expected(plan):
+    """The kernels of every layer and step: each column stands for the next few steps."""
+    columns = [c for c, steps in enumerate(plan.steps) for _ in range(steps)]
+    return {layer: [row[c].value for c in columns] for layer, row in zip(plan.layers, plan.chosen, strict=True)}
+
+
+def test_the_plan_covers_the_model_and_keeps_its_budget(ran):
+    plan = plan_of(ran[0])
+    assert plan.layers == tuple(f"double {i}" for i in range(LAYERS))
+    assert len(plan.sigmas) == 2
+    assert sum(plan.steps) == STEPS
+    assert 0.02 < plan.mean_error <= 0.04
+    assert {Precision.FP4} < set(plan.counts())  # and something else
+    errors = [e for row in plan.errors[Precision.FP4] for e in row]
+    assert all(0.01 < e < 0.5 for e in errors)
+    lower = [e for row in plan.errors[Precision.INT8] for e in row]
+    assert all(low < high / 3 for low, high in zip(lower, errors, strict=True))
+
+
+def test_sage3_attention_keeps_to_the_plan_in_every_layer_and_step(ran):
+    outputs, _ = ran
+    want = expected(plan_of(outputs))
+    (run,) = outputs["22"]["sage3_run"]
+    assert run["map"]["steps"] == STEPS
+    assert set(run["map"]["layers"]) == set(want)
+    for layer, row in zip(run["map"]["layers"], run["map"]["cells"], strict=True):
+        assert [kernel.removesuffix("-emulated") for kernel in row] == want[layer], layer
+    assert run["fell_back"] == 0
+    planned_low = sum(kernel != "exact" for row in want.values() for kernel in row)
+    assert run["accelerated"] == planned_low  # one self-attention call each: both prompts are one batch
+
+
+def test_the_calibrating_run_is_comfyuis_own_bit_for_bit_and_the_planned_one_near_it(ran):
+    _, paths = ran
+    exact, plain, planned = (latent(paths, side) for side in ("calibrated_exact", "plain", "planned"))
+    assert torch.equal(exact, plain)
+    assert planned.isfinite().all()
+    assert 0 < (planned - exact).norm() / exact.norm() < 0.5  # after three steps
+
+
+def test_the_heat_map_is_a_picture(client, ran):
+    outputs, _ = ran
+    (file,) = outputs["11"]["images"]
+    with client._open(f"/view?{urlencode(file)}") as answer, Image.open(io.BytesIO(answer.read())) as picture:
+        assert picture.width >= 640
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def loading():
+    """The workflow from the saved plan on, with a model whose every weight is patched, as by a LoRA, and unchanged."""
+    made = workflow()
+    made["40"] = {"class_type": "ModelMergeSimple", "inputs": {"model1": ["2", 0], "model2": ["2", 0], "ratio": 0.5}}
+    made["10"] = {"class_type": "Sage3LoadPlan", "inputs": {"model": ["40", 0], "plan_name": "demo"}}
+    made["20"]["inputs"]["model"] = ["40", 0]
+    del made["12"]
+    return made
+
+
+def test_a_saved_plan_is_offered_loaded_and_kept(client, ran):
+    names = client.object_info("Sage3LoadPlan")["Sage3LoadPlan"]["input"]["required"]["plan_name"]
+    assert "demo" in json.dumps(names)
+    entry = client.wait(client.submit(loading()), timeout=600)
+    (run,) = entry["outputs"]["22"]["sage3_run"]
+    want = expected(plan_of(ran[0]))
+    assert [[k.removesuffix("-emulated") for k in row] for row in run["map"]["cells"]] == list(want.values())
+
+
+def test_a_plan_that_is_not_there_is_refused_before_anything_runs(client):
+    made = loading()
+    made["10"]["inputs"]["plan_name"] = "../../../etc/passwd"
+    with pytest.raises(EngineError, match="plan_name"):
+        client.submit(made)
+
+
+def test_cancelling_stops_it_and_the_next_run_is_as_if_nothing_had_been(client, ran, tmp_path):
+    made = workflow(budget="draft", file_name="half")
+    for key in ("11", "12", "20", "21", "22", "23"):
+        del made[key]
+    made["10"]["inputs"]["seed"] = 2
+    prompt = client.submit(made)
+
+    def once_it_runs(node, done, total):
+        if node == "10" and done >= 1:
+            client.cancel(prompt)
+
+    with pytest.raises(EngineError, match=r"(?i)interrupt|cancel|stopp"):
+        client.wait(prompt, once_it_runs, timeout=300)
+    assert "half" not in json.dumps(client.object_info("Sage3LoadPlan"))
+    plain = workflow()
+    plain = {k: plain[k] for k in "12345"} | {"31": plain["21"]}
+    plain["31"]["inputs"]["model"] = ["2", 0]
+    plain["33"] = {"class_type": "SaveLatent", "inputs": {"samples": ["31", 0], "filename_prefix": "sage3/after"}}
+    paths = save(client, client.wait(client.submit(plain), timeout=300), tmp_path)
+    assert torch.equal(latent(paths, "after"), latent(ran[1], "plain"))
+
+
+def test_editor_and_api_formats_agree(client):
+    """Read the editor's format as the editor would: widget values by position, in the server's order."""
+    editor = json.loads((ROOT / "workflows" / f"{NAME}.ui.json").read_text())
+    links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
+    read = {}
+    for node in editor["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        spec = client.object_info(node["type"])[node["type"]]["input"]
+        values = iter(node["widgets_values"])
+        inputs = {s["name"]: links[s["link"]] for s in node["inputs"] if s["link"] is not None}
+        for key, (kind, *rest) in {**spec["required"], **spec.get("optional", {})}.items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                inputs[key] = next(values)
+                if rest and rest[0].get("control_after_generate"):
+                    assert next(values) == "fixed"
+        assert not list(values)
+        read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    api = load_workflow(ROOT / "workflows" / f"{NAME}.json")
+    assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}
