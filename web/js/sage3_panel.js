@@ -17,7 +17,7 @@ export function remember(run) {
 
 function name(run) {
     const node = findNode(run.node);
-    const title = node?.comfyClass === "Sage3Attention" ? node.title : "Sage3 Attention";
+    const title = node?.comfyClass?.startsWith("Sage3") ? node.title : "Sage3 Attention"; // else it is another workflow's
     return `${title} (${t("node {0}", run.node)}, ${run.precision})`;
 }
 

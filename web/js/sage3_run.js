@@ -55,8 +55,13 @@ export function summary(run) {
     const made = [head];
     if (run.calls) made.push(bar(parts, `${total}: ${parts.map((p) => `${kernelText(p.kernel, p.fellBack)} ${p.calls}`).join(", ")}`));
     if (run.calls) made.push(el("div", { className: "sage3-legend" }, el("span", { className: "sage3-quiet" }, total), legend));
-    if (why) made.push(el("div", { className: "sage3-quiet" }, why));
+    for (const note of [why, ...notes(run)]) if (note) made.push(el("div", { className: "sage3-quiet" }, note));
     return [...made, reasons(run)].filter(Boolean);
+}
+
+// What the run's text says beyond its counts: that the model names no layers, that another node took the place, ...
+function notes(run) {
+    return run.calls ? run.text.split("\n").filter((line) => !/^\d+ (x|attention calls)/.test(line)) : [];
 }
 
 // Why calls fell back, in the open; why others are exact by choice, on demand.

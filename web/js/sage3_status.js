@@ -4,6 +4,7 @@ import { api } from "/scripts/api.js";
 import { addWidget, el, findNode, loadStyle, loadWords, setting, t } from "./sage3_common.js";
 import { refill, summary } from "./sage3_run.js";
 
+const CLASSES = ["Sage3Attention", "Sage3TrainingAttention"];
 const boxes = new WeakMap(); // node -> its element
 
 export function showRun(node, run) {
@@ -35,7 +36,7 @@ app.registerExtension({
         });
     },
     nodeCreated(node) {
-        if (node.comfyClass !== "Sage3Attention") return;
+        if (!CLASSES.includes(node.comfyClass)) return;
         const hint = el("span", { className: "sage3-quiet" }, t("Nothing sampled since this page was opened."));
         const box = el("div", { className: "sage3 sage3-status", "data-state": "waiting" }, hint);
         boxes.set(node, box);

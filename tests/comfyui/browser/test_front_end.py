@@ -7,7 +7,7 @@ import re
 
 import pytest
 from PIL import Image
-from screen import FRAMES, LAYERS, STEPS, ours
+from screen import FRAMES, LAYERS, STEPS, open_page, ours
 
 from comfy_sage3.workflow import OutputFile
 
@@ -80,13 +80,11 @@ class Comparison:
         self.go(self.found["worst"])
         self.a, self.b = (self.file(side, self.found["worst"]) for side in "ab")
         # where the sides differ most: (x, y) in pixels of the picture
-        apart = [
-            (sum(abs(x - y) for x, y in zip(self.a.getpixel(p), self.b.getpixel(p), strict=True)), p) for p in self.places()
-        ]
-        _, self.spot = max(apart)
+        self.spot = max(((x, y) for x in range(8, 56) for y in range(4, 60)), key=lambda spot: sum(self.apart(spot)))
 
-    def places(self):
-        return [(x, y) for x in range(8, 56) for y in range(4, 60)]
+    def apart(self, spot):
+        """How far the sides are from each other in a pixel, by colour."""
+        return [abs(x - y) for x, y in zip(self.a.getpixel(spot), self.b.getpixel(spot), strict=True)]
 
     def file(self, side, frame):
         where = self.found["files"]
@@ -395,3 +393,23 @@ def test_the_node_is_found_in_the_search_box(screen):
 def test_the_console_has_no_errors_of_ours(screen):
     """Last, for all that was done before it."""
     assert [fault for fault in screen.faults if ours(fault)] == []
+
+
+def test_the_page_in_chinese(client, browser):
+    screen = open_page(client, browser, "classic", **{"Comfy.Locale": "zh"})
+    page = screen.page
+    page.evaluate(
+        """() => {
+            app.graph.clear();
+            const node = window.LiteGraph.createNode("Sage3Attention");
+            app.graph.add(node);
+        }"""
+    )
+    box = page.locator(".sage3-status")
+    box.wait_for()
+    assert box.inner_text() == "打开此页面后尚未采样。"
+    node = box.get_attribute("data-node")
+    screen.send("sage3.status", BADGES["partly active"] | {"node": node})
+    assert box.locator(".sage3-badge").inner_text() == "部分启用"
+    assert [fault for fault in screen.faults if ours(fault)] == []
+    page.close()
