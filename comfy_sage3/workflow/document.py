@@ -67,8 +67,8 @@ def set_input(workflow: Workflow, assignment: str) -> None:
 
 
 def _sibling(path: Path) -> str:
-    if path.name.endswith(".ui.json"):
-        api = path.with_name(path.name.removesuffix(".ui.json") + ".json")
-        if api.exists():
+    """Where the same workflow lies in API format: NAME.json beside NAME.ui.json, api/NAME.json below NAME.json."""
+    for api in (path.with_name(path.name.removesuffix(".ui.json") + ".json"), path.parent / "api" / path.name):
+        if api != path and api.exists():
             return f", or give {api}"
     return ""
