@@ -39,6 +39,12 @@ export function kernelText(kernel, fellBack = false) {
     return parts.join(", ");
 }
 
+// The order in which kernels are shown: fewer bits first, those that fell back last.
+export function inOrder(parts) {
+    const rank = ({ kernel, fellBack }) => KINDS.findIndex((known) => kernel.startsWith(known.name)) + (fellBack ? 100 : 0);
+    return [...parts].sort((one, other) => rank(one) - rank(other));
+}
+
 // A bar of parts: [{kernel, fellBack, calls}]
 export function bar(parts, label) {
     const pieces = parts.map(({ kernel, fellBack, calls }) =>

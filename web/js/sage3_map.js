@@ -1,8 +1,8 @@
 // The map of a run: a row for each layer, a column for each step, coloured by the kernel that did most of the work there.
 import { el, t } from "./sage3_common.js";
-import { kernelText, kindOf, swatch } from "./sage3_kernels.js";
+import { inOrder, kernelText, kindOf, swatch } from "./sage3_kernels.js";
 
-const LEFT = 64, BOTTOM = 22; // room for names of layers and numbers of steps
+const LEFT = 64, TOP = 5, BOTTOM = 22; // room for names of layers and numbers of steps
 
 // An element for run.map. ``height`` is what it may take before it scrolls.
 export function mapView(run, height = 300) {
@@ -10,12 +10,12 @@ export function mapView(run, height = 300) {
     if (!layers.length || !steps)
         return el("div", { className: "sage3-quiet" }, t("No map: this model does not say which layer calls, or nothing was sampled."));
     const w = Math.max(5, Math.min(26, Math.floor(620 / steps)));
-    const h = Math.max(5, Math.min(20, Math.floor((height - BOTTOM) / layers.length)));
+    const h = Math.max(5, Math.min(20, Math.floor((height - TOP - BOTTOM) / layers.length)));
     const canvas = el("canvas", {
         tabIndex: 0,
         role: "img",
         "aria-label": `${t("Map of layers and steps")}: ${t("{0} layers", layers.length)}, ${t("{0} steps", steps)}`,
-        style: { width: `${LEFT + w * steps}px`, height: `${h * layers.length + BOTTOM}px` },
+        style: { width: `${LEFT + w * steps}px`, height: `${TOP + h * layers.length + BOTTOM}px` },
     });
     const read = el("div", { className: "sage3-quiet", "aria-live": "polite" }, t("Point at the map, or focus it and press the arrow keys."));
     let at = null; // the chosen cell: [row, column]
@@ -29,7 +29,7 @@ export function mapView(run, height = 300) {
         draw(canvas, { layers, steps, cells, w, h, at });
     }
     canvas.addEventListener("pointermove", (event) => {
-        const row = Math.floor(event.offsetY / h), column = Math.floor((event.offsetX - LEFT) / w);
+        const row = Math.floor((event.offsetY - TOP) / h), column = Math.floor((event.offsetX - LEFT) / w);
         if (row >= 0 && row < layers.length && column >= 0 && column < steps) choose(row, column);
     });
     canvas.addEventListener("keydown", (event) => {
@@ -42,37 +42,37 @@ export function mapView(run, height = 300) {
     });
     draw(canvas, { layers, steps, cells, w, h, at });
 
-    const used = [...new Set(cells.flat().filter(Boolean))].sort();
-    const legend = el("div", { className: "sage3-legend" }, used.map((kernel) => el("span", {}, swatch(kernel), kernelText(kernel))),
+    const used = inOrder([...new Set(cells.flat().filter(Boolean))].map((kernel) => ({ kernel })));
+    const legend = el("div", { className: "sage3-legend" }, used.map(({ kernel }) => el("span", {}, swatch(kernel), kernelText(kernel))),
         cells.flat().includes(null) ? el("span", { className: "sage3-quiet" }, t("empty: no call")) : null);
     return el("div", {}, legend, el("div", { className: "sage3-map" }, canvas), read);
 }
 
 function draw(canvas, { layers, steps, cells, w, h, at }) {
-    const ratio = Math.max(1, window.devicePixelRatio || 1) * 1;
+    const ratio = window.devicePixelRatio || 1;
     canvas.width = (LEFT + w * steps) * ratio;
-    canvas.height = (h * layers.length + BOTTOM) * ratio;
+    canvas.height = (TOP + h * layers.length + BOTTOM) * ratio;
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     const text = getComputedStyle(document.body).getPropertyValue("--descrip-text").trim() || "#999";
     const gap = h > 7 && w > 7 ? 1 : 0;
     context.textBaseline = "middle";
-    cells.forEach((row, i) => row.forEach((kernel, j) => kernel && drawCell(context, kindOf(kernel), LEFT + j * w, i * h, w - gap, h - gap)));
+    cells.forEach((row, i) => row.forEach((kernel, j) => kernel && drawCell(context, kindOf(kernel), LEFT + j * w, TOP + i * h, w - gap, h - gap)));
 
     context.fillStyle = text;
     context.font = "10px system-ui, sans-serif";
     context.textAlign = "right";
     const every = Math.ceil(11 / h);
-    layers.forEach((name, i) => i % every === 0 && context.fillText(name || "–", LEFT - 6, (i + 0.5) * h, LEFT - 8));
+    layers.forEach((name, i) => i % every === 0 && context.fillText(name || "–", LEFT - 6, TOP + (i + 0.5) * h, LEFT - 8));
     context.textAlign = "center";
     const each = Math.ceil(20 / w);
-    for (let j = 0; j < steps; j += each) context.fillText(String(j + 1), LEFT + (j + 0.5) * w, h * layers.length + 10);
+    for (let j = 0; j < steps; j += each) context.fillText(String(j + 1), LEFT + (j + 0.5) * w, TOP + h * layers.length + 10);
     context.textAlign = "right";
-    context.fillText(t("step"), LEFT - 6, h * layers.length + 10);
+    context.fillText(t("step"), LEFT - 6, TOP + h * layers.length + 10);
     if (at) {
         context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--input-text").trim() || "#fff";
         context.lineWidth = 2;
-        context.strokeRect(LEFT + at[1] * w, at[0] * h, w - gap, h - gap);
+        context.strokeRect(LEFT + at[1] * w, TOP + at[0] * h, w - gap, h - gap);
     }
 }
 

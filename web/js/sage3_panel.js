@@ -8,7 +8,7 @@ import { refill, summary } from "./sage3_run.js";
 
 const runs = new Map(); // node id -> its last payload, the latest at the end
 let chosen = null; // the node whose map is shown; null: the latest
-let place = null; // the element while the tab is open
+let place = null, map = null; // the elements while the tab is open
 
 export function remember(run) {
     runs.delete(run.node);
@@ -27,7 +27,7 @@ function show() {
     const latest = all.filter((x) => x.prompt === all[0].prompt); // of these, first one that does more than leave things exact
     const run = runs.get(chosen) ?? latest.find((x) => x.exact < x.calls) ?? all[0];
     if (!run) {
-        refill(place, [el("h3", {}, t("Layers and steps")), el("div", { className: "sage3-quiet" }, t("Nothing sampled since ComfyUI started."))]);
+        refill(place, [el("h3", {}, t("Last run")), el("div", { className: "sage3-quiet" }, t("Nothing sampled since ComfyUI started."))]);
         return;
     }
     const select = el("select", { "aria-label": t("Which run") }, all.map((x) => el("option", { value: x.node, selected: x === run }, name(x))));
@@ -35,7 +35,8 @@ function show() {
         chosen = select.value;
         show();
     });
-    refill(place, [el("div", { className: "sage3-row" }, el("h3", {}, t("Layers and steps")), select), ...summary(run), mapView(run)]);
+    refill(place, [el("div", { className: "sage3-row" }, el("h3", {}, t("Last run")), select), ...summary(run)]);
+    map.replaceChildren(el("h3", {}, t("Layers and steps")), mapView(run, Math.max(200, map.parentElement.clientHeight - 100)));
 }
 
 app.registerExtension({
@@ -48,8 +49,9 @@ app.registerExtension({
             render(container) {
                 loadStyle();
                 place = el("section", { className: "sage3-last-run" });
+                map = el("section", { className: "sage3-map-section" });
                 const machine = el("section", {}, el("h3", {}, t("This machine")), doctorView());
-                container.replaceChildren(el("div", { className: "sage3 sage3-panel" }, place, machine));
+                container.replaceChildren(el("div", { className: "sage3 sage3-panel" }, place, map, machine));
                 show();
             },
             destroy() {
@@ -61,7 +63,7 @@ app.registerExtension({
         api.addEventListener("sage3.status", ({ detail: run }) => {
             remember(run);
             // while it samples a change of the map would take the reader's place on it away
-            if (!run.running || !place?.contains(document.activeElement)) show();
+            if (!run.running || !map?.contains(document.activeElement)) show();
         });
         try {
             const answer = await api.fetchApi("/sage3/runs");

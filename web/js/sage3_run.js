@@ -1,6 +1,6 @@
 // One run of one Sage3 Attention node, as elements: the badge, the mix of kernels, the reasons, the tables.
 import { el, percent, secondsText, t } from "./sage3_common.js";
-import { bar, FELL_BACK, kernelText, swatch } from "./sage3_kernels.js";
+import { bar, FELL_BACK, inOrder, kernelText, swatch } from "./sage3_kernels.js";
 
 const GOOD = "#2fb48a", DOUBTFUL = "#e69f00", BAD = "#e8743b", NEUTRAL = "#999";
 
@@ -26,7 +26,7 @@ export function mix(run) {
         part.calls += calls;
         parts.set(key, part);
     }
-    return [...parts.values()];
+    return inOrder(parts.values());
 }
 
 // "attention took 1.60 s, 3.20 s saved"; null while not known
@@ -44,7 +44,7 @@ export function summary(run) {
     const { word, colour, why } = verdict(run);
     const step = run.running ? t("step {0} of {1}", run.step, run.steps) : run.steps ? t("{0} steps", run.steps) : null;
     const head = el("div", { className: "sage3-row" },
-        el("span", { className: "sage3-badge", style: { color: colour } }, word),
+        el("span", { className: "sage3-badge", style: { background: colour } }, word),
         el("span", { className: "sage3-quiet" }, [step, timeText(run)].filter(Boolean).join(" · ")),
     );
     const parts = mix(run);
@@ -89,7 +89,7 @@ export function tables(run) {
     }
     if (run.layers?.length) {
         const rows = run.layers.map((layer) => {
-            const parts = Object.entries(layer.kernels).map(([kernel, calls]) => ({ kernel, fellBack: false, calls }));
+            const parts = inOrder(Object.entries(layer.kernels).map(([kernel, calls]) => ({ kernel, fellBack: false, calls })));
             const label = parts.map((p) => `${kernelText(p.kernel)} ${p.calls}`).join(", ");
             const fell = layer.fell_back ? el("span", { style: { color: FELL_BACK }, title: layer.reasons.join("\n") }, String(layer.fell_back)) : "–";
             return el("tr", { title: layer.reasons.join("\n") },

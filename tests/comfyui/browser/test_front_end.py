@@ -242,6 +242,52 @@ def test_space_plays_and_stops(comparison):
     assert comparison.count() == place
 
 
+def test_the_wheel_zooms_the_workflow_where_there_is_nothing_to_scroll(screen):
+    screen.node(COMPARE)
+    scale = "() => app.canvas.ds.scale"
+    before = screen.page.evaluate(scale)
+    screen.element(COMPARE, "compare").locator("canvas").hover()
+    screen.page.mouse.wheel(0, -100)
+    screen.page.wait_for_timeout(500)
+    assert screen.page.evaluate(scale) > before
+
+
+def test_a_still_has_no_time(comparison):
+    """As if the run had given one frame."""
+    found, worst = comparison.found, comparison.found["worst"]
+    still = found | {"frames": 1, "shown": [0], "psnr": [found["psnr"][worst]], "ssim": [found["ssim"][worst]], "worst": 0}
+    still["files"] = found["files"] | {side: [found["files"][side][worst]] for side in "ab"}
+
+    def show(payload):
+        detail = {"node": COMPARE, "display_node": COMPARE, "output": {"sage3_compare": [payload]}}
+        comparison.screen.send("executed", detail)
+        comparison.page.wait_for_timeout(500)
+
+    show(still)
+    for part in (".sage3-count", ".sage3-curve", ".sage3-worst"):
+        assert not comparison.box.locator(part).is_visible()
+    comparison.look("blink")
+    comparison.canvas.focus()
+    name = comparison.box.locator(".sage3-left")
+    before = name.inner_text()
+    comparison.page.keyboard.press("Space")
+    assert name.inner_text() != before
+    show(found)
+    assert comparison.box.locator(".sage3-curve").is_visible()
+
+
+def test_pictures_that_are_gone_are_said_to_be(comparison):
+    screen = comparison.screen
+    gone = comparison.found | {"files": comparison.found["files"] | {"subfolder": "sage3_compare/nowhere"}}
+    for payload, message in ((gone, "These pictures are gone from ComfyUI's temp folder"), (comparison.found, "")):
+        screen.send("executed", {"node": COMPARE, "display_node": COMPARE, "output": {"sage3_compare": [payload]}})
+        screen.page.wait_for_timeout(800)
+        text = comparison.box.locator(".sage3-message").inner_text()
+        assert text.startswith(message)
+        assert bool(text) == bool(message)
+    screen.faults[:] = [fault for fault in screen.faults if "nowhere" not in fault]
+
+
 def test_the_panel_has_the_map_and_the_machine(screen):
     page = screen.page
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.sage3')")
@@ -252,7 +298,7 @@ def test_the_panel_has_the_map_and_the_machine(screen):
     canvas = panel.get_by_role("img", name="Map of layers and steps")
     assert canvas.get_attribute("aria-label").endswith(f"{LAYERS} layers, {STEPS} steps")
     assert run["map"]["cells"] == [["fp4-emulated"] * STEPS] * LAYERS
-    canvas.hover(position={"x": 64 + 8, "y": 8})
+    canvas.hover(position={"x": 64 + 8, "y": 5 + 8})
     says = panel.locator("[aria-live]")
     assert says.inner_text() == "layer double 0, step 1: fp4, emulated"
     canvas.focus()
@@ -263,7 +309,7 @@ def test_the_panel_has_the_map_and_the_machine(screen):
         """canvas => {
             const r = devicePixelRatio, context = canvas.getContext("2d"), found = new Set();
             const at = (x, y) => [...context.getImageData(x * r, y * r, 1, 1).data].join();
-            for (let x = 66; x < 84; x++) for (let y = 3; y < 14; y++) found.add(at(x, y));
+            for (let x = 66; x < 84; x++) for (let y = 8; y < 19; y++) found.add(at(x, y));
             return [...found];
         }"""
     )
