@@ -121,8 +121,8 @@ class Calibrator:
             costs = costs_of(call.q.device, self.emulate)
             if not costs.precisions:
                 raise InputError(
-                    "This machine has no 4- or 8-bit kernel, so every layer would stay exact: turn emulate on to plan for "
-                    "a GPU that has."
+                    f"No 4- or 8-bit kernel can run here ({costs.missing}), so every layer would stay exact: turn emulate "
+                    "on to plan for a GPU that has them."
                 )
             self.calibration = Calibration(costs, emulate=self.emulate, min_tokens=self.min_tokens)
         layer = Layer.of(kwargs.get("transformer_options"))

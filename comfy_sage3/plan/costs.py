@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..dispatch import Call, decide
+from ..dispatch import Call, choose
 from ..kernels.devices import capability_of
 from ..precision import Precision
 from .plan import LOW, MEASURED, MODELLED
@@ -49,19 +49,23 @@ class Costs:
     device: str
     precisions: tuple[Precision, ...]
     emulated: tuple[Precision, ...] = ()
+    missing: str = ""  # why there is nothing to choose from
 
 
 def costs_of(device: torch.device, emulate: bool) -> Costs:
-    """What there is to choose from on ``device``; no precision at all where it has no kernel and ``emulate`` is off."""
+    """What there is to choose from on ``device``; no precision at all where it has no kernel and ``emulate`` is off.
+
+    Builds the kernels where they are not built.
+    """
     call = Call((1, 8, 4096, 128), (1, 8, 4096, 128), torch.bfloat16, device.type, capability_of(device))
-    kernels = {p: decide(call, p, emulate=emulate) for p in LOW}
+    kernels = {p: choose(call, p, emulate=emulate) for p in LOW}
     found = tuple(p for p in LOW if not kernels[p].fell_back)
     emulated = tuple(p for p in found if kernels[p].kernel.endswith("-emulated"))
     if any(p in RATES for p in emulated):
         return Costs(MODELLED, MODEL_OF, tuple(p for p in found if p in RATES), tuple(p for p in emulated if p in RATES))
     found = tuple(p for p in found if p not in emulated)  # int8-fast where only Hopper has it
     name = torch.cuda.get_device_name(device) if found else device.type
-    return Costs(MEASURED, name, found)
+    return Costs(MEASURED, name, found, missing="" if found else kernels[Precision.INT8].reason)
 
 
 def modelled(precision: Precision, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> float:

@@ -152,7 +152,7 @@ def test_calls_without_a_layer_are_one_row(node, model, comfy, monkeypatch):
     ("settings", "why"),
     [
         ({"min_tokens": 97}, "None of the 8 attention calls of this sampling had 97 tokens.* lower min_tokens"),
-        ({"emulate": False}, "no 4- or 8-bit kernel.* turn emulate on"),
+        ({"emulate": False}, "No 4- or 8-bit kernel can run here .*this is a CPU.* turn emulate on"),
         ({"budget": "lavish"}, "choose one of draft, balanced, faithful or custom"),
         ({"custom_error": 7.0}, "give a relative error from 0 to 1"),
     ],

@@ -11,7 +11,19 @@ CPU = torch.device("cpu")
 
 
 def test_without_kernels_and_emulation_there_is_nothing_to_choose_from():
-    assert costs_of(CPU, emulate=False).precisions == ()
+    found = costs_of(CPU, emulate=False)
+    assert found.precisions == ()
+    assert found.missing.endswith("this is a CPU")
+
+
+def test_kernels_that_cannot_be_built_are_none(monkeypatch):
+    monkeypatch.setattr("comfy_sage3.plan.costs.capability_of", lambda device: (9, 0))
+    monkeypatch.setattr("comfy_sage3.kernels.compiled.failure", lambda capability: "no compiler was found")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    found = costs_of(torch.device("cuda"), emulate=False)
+    assert found.precisions == ()
+    assert "no compiler was found" in found.missing
+    assert costs_of(torch.device("cuda"), emulate=True).emulated == (FP4, INT8)
 
 
 def test_emulated_precisions_are_modelled_for_the_gpu_that_has_them():
@@ -21,18 +33,20 @@ def test_emulated_precisions_are_modelled_for_the_gpu_that_has_them():
 @pytest.mark.parametrize(
     ("capability", "emulate", "want"),
     [
-        ((9, 0), False, Costs("measured", "a GPU", (FAST, INT8))),
-        ((9, 0), True, Costs("modelled", MODEL_OF, (FP4, INT8), (FP4,))),
-        ((12, 0), False, Costs("measured", "a GPU", (FP4, INT8))),
-        ((12, 0), True, Costs("measured", "a GPU", (FP4, INT8))),
-        ((8, 9), False, Costs("measured", "a GPU", (INT8,))),
-        ((7, 0), False, Costs("measured", "cuda", ())),
+        ((9, 0), False, ("measured", "a GPU", (FAST, INT8), ())),
+        ((9, 0), True, ("modelled", MODEL_OF, (FP4, INT8), (FP4,))),
+        ((12, 0), False, ("measured", "a GPU", (FP4, INT8), ())),
+        ((12, 0), True, ("measured", "a GPU", (FP4, INT8), ())),
+        ((8, 9), False, ("measured", "a GPU", (INT8,), ())),
+        ((7, 0), False, ("measured", "cuda", (), ())),
     ],
 )
 def test_what_a_gpu_can_choose_from(monkeypatch, capability, emulate, want):
     monkeypatch.setattr("comfy_sage3.plan.costs.capability_of", lambda device: capability)
+    monkeypatch.setattr("comfy_sage3.kernels.compiled.failure", lambda capability: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert costs_of(torch.device("cuda"), emulate) == want
+    found = costs_of(torch.device("cuda"), emulate)
+    assert (found.kind, found.device, found.precisions, found.emulated) == want
 
 
 def test_long_calls_gain_and_short_ones_lose():
