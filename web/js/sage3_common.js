@@ -44,11 +44,12 @@ export function* allNodes(graph = app.rootGraph ?? app.graph, path = "") {
 }
 
 // A DOM widget shows in the classic and in the Vue renderer alike. It is not part of the prompt or of the saved workflow.
-export function addWidget(node, name, element, height) {
+// ``size`` is what a new node has at least; a saved one comes back as it was.
+export function addWidget(node, name, element, height, size) {
     const widget = node.addDOMWidget(name, name, element, {
         serialize: false,
         hideOnZoom: false,
-        getMinHeight: () => height,
+        getMinHeight: () => height + 2 * (widget?.margin ?? 10),
         getValue: () => "",
         setValue: () => {},
     });
@@ -61,6 +62,8 @@ export function addWidget(node, name, element, height) {
         element.dataset.node = this.id;
     };
     leaveZoomToCanvas(element);
+    node.setSize([Math.max(node.size[0], size[0]), Math.max(node.size[1], size[1])]);
+    node.setDirtyCanvas?.(true, true);
     return widget;
 }
 

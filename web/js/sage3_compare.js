@@ -56,6 +56,7 @@ class Compare {
         );
         for (const control of [...this.buttons, this.factors, this.play, this.slider, this.worst, this.curve.element]) holdPointer(control);
         for (const control of [this.slider, this.factors]) control.addEventListener("keydown", (event) => event.stopPropagation());
+        this.showTime(false);
         this.listen();
         new ResizeObserver(() => this.show()).observe(this.canvas);
         this.refresh();
@@ -98,14 +99,18 @@ class Compare {
         this.frames = new Frames(data, () => this.show());
         this.at = 0;
         this.setPlaying(false);
-        const many = this.frames.count > 1;
         this.slider.max = this.frames.count - 1;
-        this.time.style.display = this.curve.element.style.display = this.worst.style.display = many ? "" : "none";
-        this.worst.textContent = data.identical === data.frames ? "" : `${t("Worst frame")}: ${data.worst + 1}`;
-        this.worst.style.display = many && this.worst.textContent ? "" : "none";
+        this.showTime(this.frames.count > 1);
+        this.worst.textContent = `${t("Worst frame")}: ${data.worst + 1}`;
+        if (data.identical === data.frames) this.worst.style.display = "none"; // none is worse than another
         this.notes.textContent = data.notes.join("\n");
         this.curve.setData(data);
         this.refresh();
+    }
+
+    // What has to do with time; a still has none.
+    showTime(shown) {
+        for (const part of [this.time, this.curve.element, this.worst]) part.style.display = shown ? "" : "none";
     }
 
     look(mode) {
@@ -216,9 +221,8 @@ app.registerExtension({
         if (node.comfyClass !== "Sage3Compare") return;
         const made = new Compare();
         boxes.set(node, made);
-        const widget = addWidget(node, "sage3_compare", made.element, 340);
+        const widget = addWidget(node, "sage3_compare", made.element, 340, [420, 540]);
         widget.onRemove = () => made.stop();
-        node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 540)]);
     },
 });
 onOutput("Sage3Compare", (node, output) => {

@@ -29,7 +29,7 @@ app.registerExtension({
         if (node.comfyClass !== "Sage3Report") return;
         const box = el("div", { className: "sage3 sage3-report" }, el("span", { className: "sage3-quiet" }, t("Not run yet.")));
         boxes.set(node, box);
-        addWidget(node, "sage3_report", box, 130);
+        addWidget(node, "sage3_report", box, 130, [340, 260]);
     },
 });
 onOutput("Sage3Report", show);

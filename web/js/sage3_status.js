@@ -40,6 +40,6 @@ app.registerExtension({
         const hint = el("span", { className: "sage3-quiet" }, t("Nothing sampled since this page was opened."));
         const box = el("div", { className: "sage3 sage3-status", "data-state": "waiting" }, hint);
         boxes.set(node, box);
-        addWidget(node, "sage3_status", box, 96);
+        addWidget(node, "sage3_status", box, 96, [300, 0]);
     },
 });
