@@ -129,16 +129,15 @@ class Hook:
         """What a layer's calls get in this step, whatever their length."""
         if not self.inside_window:
             return Precision.EXACT, f"step outside the window {self.plan.start:.0%} to {self.plan.end:.0%}"
-        if layer is None and (self.exact_layers or self.table is not None):
-            what = "the plan goes by layers" if self.table is not None else "some are to stay exact"
-            return Precision.EXACT, f"the model does not say which layer calls, and {what}"
+        if layer is None and self.exact_layers:
+            return Precision.EXACT, "the model does not say which layer calls, and some are to stay exact"
         if layer is not None and layer in self.exact_layers:
             return Precision.EXACT, "layers that are to stay exact"
-        if self.table is None or layer is None:
+        if self.table is None:
             return self.plan.precision, ""
         if self.sigma is None:
             return Precision.EXACT, "outside a sampling, where the plan does not apply"
-        planned = self.table.choose(layer.key, self.sigma)
+        planned = self.table.choose("" if layer is None else layer.key, self.sigma)
         return planned, "exact by the plan" if planned is Precision.EXACT else ""
 
     def decide(self, call: Call, wish: Precision) -> Decision:

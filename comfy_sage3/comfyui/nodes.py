@@ -13,6 +13,7 @@ from ..demo.prompts import embed, parse
 from ..errors import InputError, WeightsError
 from ..precision import MIN_TOKENS, Precision, PrecisionPlan
 from . import status
+from .fingerprint import check
 from .hook import Hook
 from .install import hooks_of, install
 from .layers import LayerList
@@ -158,6 +159,9 @@ class Sage3Attention(io.ComfyNode):
         on_trouble: str = FALL_BACK,
         plan: Any = None,
     ) -> io.NodeOutput:
+        if plan is not None:
+            plan = check(plan, model)
+            min_tokens = max(min_tokens, plan.min_tokens)  # shorter calls were not measured
         wishes = PrecisionPlan(Precision.parse(precision), start_percent, end_percent, min_tokens)
         hook = Hook(
             wishes, emulate=emulate, node_id=cls.hidden.unique_id, exact_layers=LayerList.parse(exact_layers),

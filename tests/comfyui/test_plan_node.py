@@ -216,6 +216,20 @@ def test_the_plan_is_what_sage3_attention_follows(node, model, cheap, comfy):
     assert kernels == [[p.value for p in row] for row in chosen]
 
 
+def test_sage3_attention_refuses_another_models_plan_and_keeps_short_calls_exact(node, model, cheap):
+    from comfy_sage3.comfyui.install import hooks_of
+    from comfy_sage3.comfyui.nodes import Sage3Attention
+
+    plan = run(node, model).args[0]
+    (patched,) = Sage3Attention.execute(model, "auto", 0.0, 1.0, 0, True, plan=plan).args
+    assert hooks_of(patched)[0].plan.min_tokens == SETTINGS["min_tokens"]  # shorter ones were not measured
+    model.model = types.SimpleNamespace(diffusion_model=Network(seed=1))
+    with pytest.raises(InputError, match="made for another model"):
+        Sage3Attention.execute(model, "auto", 0.0, 1.0, 0, True, plan=plan)
+    with pytest.raises(InputError, match="no precision plan"):
+        Sage3Attention.execute(model, "auto", 0.0, 1.0, 0, True, plan={"layers": []})
+
+
 # saving and loading
 
 

@@ -95,8 +95,12 @@ def test_a_plans_table_is_followed_per_layer_and_step(comfy):
     assert "exact by the plan" in [x["reason"] for x in hook.report.lines()]
 
 
-def test_a_plan_needs_a_model_that_names_its_layers():
-    hook = Hook(PrecisionPlan("auto"), table=object())
-    assert hook.wish(4096, 4096) == (
-        Precision.EXACT, "the model does not say which layer calls, and the plan goes by layers",
-    )  # fmt: skip
+def test_a_model_that_names_no_layers_has_one_row_in_the_plan():
+    class Table:
+        def choose(self, layer, sigma):
+            return Precision.INT8 if (layer, sigma) == ("", 0.5) else Precision.EXACT
+
+    hook = Hook(PrecisionPlan("auto"), table=Table())
+    assert hook.wish(4096, 4096) == (Precision.EXACT, "outside a sampling, where the plan does not apply")
+    hook.enter_step(None, torch.tensor([0.5]))
+    assert hook.wish(4096, 4096) == (Precision.INT8, "")
