@@ -125,6 +125,7 @@ def test_torch_compile_of_the_whole_model(together):
     seen = together("compiled")
     assert 0 < seen["apart_from_plain"] < INT8
     assert seen["apart_from_int8"] < 1e-5
+    assert seen["apart_in_window"] < 1e-5
     for report in (seen["report"], seen["second_report"]):
         assert served(report) == total(report) == CALLS
 

@@ -407,16 +407,19 @@ def cached_steps(lab: Lab) -> dict[str, Any]:
 def compiled(lab: Lab) -> dict[str, Any]:
     """torch.compile of the whole model, behind our node."""
 
-    def made(**settings: Any) -> Prompt:
+    def made(steps: int = STEPS, **settings: Any) -> Prompt:
         prompt = graph("wan", **settings)
         prompt["9"] = {"class_type": "TinyCompile", "inputs": {"model": ["2" if settings else "1", 0]}}
-        return finished(prompt, ["9", 0])
+        return finished(prompt, ["9", 0], steps=steps)
 
     plain = lab.good(made())["kept"]["out"]
     want = lab.good(graph("wan", precision="int8"))["kept"]["out"]
     run = lab.good(made(precision="int8"))
     twice = lab.good(made(precision="int8"))
+    window = lab.good(made(steps=4, precision="int8", end_percent=0.5))
+    plain_window = lab.good(finished(graph("wan", precision="int8", end_percent=0.5), ["2", 0], steps=4))
     return {
+        "apart_in_window": apart(window["kept"]["out"], plain_window["kept"]["out"]),
         "apart_from_plain": apart(run["kept"]["out"], plain),
         "apart_from_int8": apart(run["kept"]["out"], want),
         "report": run["reports"]["5"],
