@@ -1,6 +1,6 @@
-"""Write NAME.ui.json, which ComfyUI's editor opens, next to each NAME.json, which a server runs.
+"""Write NAME.json, which ComfyUI's editor and its template browser open, for each api/NAME.json, which a server runs.
 
-    python workflows/to_editor.py --server http://127.0.0.1:8188 workflows/text_to_video_ab.json
+    python workflows/to_editor.py --server http://127.0.0.1:8188 workflows/api/text_to_video_ab.json
 
 The server is asked for its node definitions, so it must have this pack. The editor's format is LiteGraph's
 0.4: nodes with positions, widget values by position, and links as [id, from, output, to, input, type].
@@ -175,7 +175,7 @@ def main() -> None:
         note = PLAN_NOTE if plans else NOTE
         editor = to_editor(workflow, infos, note + COMPARE_NOTE * compares + LATENT_NOTE * saves_latents)
         text = json.dumps(editor, indent=1) + "\n"
-        path.with_name(f"{path.stem}.ui.json").write_text(text, encoding="utf-8")
+        (path.parent.parent / path.name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

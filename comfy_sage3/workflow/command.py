@@ -21,7 +21,7 @@ from .server import serve
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run``."""
     parser.add_argument(
-        "workflow", type=Path, help="a workflow in API format, such as workflows/text_to_video_ab.json"
+        "workflow", type=Path, help="a workflow in API format, such as workflows/api/text_to_video_ab.json"
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(

@@ -42,7 +42,7 @@ def version(client):
 
 def workflow(name, **sage):
     """A shipped workflow at test size; ``sage`` changes the low-bit side's Sage3 Attention node."""
-    made = load_workflow(ROOT / "workflows" / f"{name}.json")
+    made = load_workflow(ROOT / "workflows" / "api" / f"{name}.json")
     for node in made.values():
         if node["class_type"] == "EmptyHunyuanLatentVideo":
             node["inputs"] |= SIZE
@@ -80,7 +80,7 @@ def test_the_pack_registers(client):
 @pytest.mark.parametrize("name", ["text_to_video_ab", "text_to_video_ab_latent"])
 def test_editor_and_api_formats_agree(client, name):
     """Read the editor's format as the editor would: widget values by position, in the server's order."""
-    editor = json.loads((ROOT / "workflows" / f"{name}.ui.json").read_text())
+    editor = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
     links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
     read = {}
     for node in editor["nodes"]:
@@ -96,7 +96,7 @@ def test_editor_and_api_formats_agree(client, name):
                     assert next(values) == "fixed"
         assert not list(values)
         read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    api = load_workflow(ROOT / "workflows" / f"{name}.json")
+    api = load_workflow(ROOT / "workflows" / "api" / f"{name}.json")
     assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}
 
 

@@ -40,7 +40,7 @@ def workflow(**plan_settings):
 
     Its size stays: shorter calls gain nothing, and the plan would say exact.
     """
-    made = load_workflow(ROOT / "workflows" / f"{NAME}.json")
+    made = load_workflow(ROOT / "workflows" / "api" / f"{NAME}.json")
     for key, prefix in (("12", "calibrated_exact"), ("23", "planned")):
         samples = made[key]["inputs"]["samples"]
         made[key] = {"class_type": "SaveLatent", "inputs": {"samples": samples, "filename_prefix": f"sage3/{prefix}"}}
@@ -184,7 +184,7 @@ def test_cancelling_stops_it_and_the_next_run_is_as_if_nothing_had_been(client, 
 
 def test_editor_and_api_formats_agree(client):
     """Read the editor's format as the editor would: widget values by position, in the server's order."""
-    editor = json.loads((ROOT / "workflows" / f"{NAME}.ui.json").read_text())
+    editor = json.loads((ROOT / "workflows" / f"{NAME}.json").read_text())
     links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
     read = {}
     for node in editor["nodes"]:
@@ -200,5 +200,5 @@ def test_editor_and_api_formats_agree(client):
                     assert next(values) == "fixed"
         assert not list(values)
         read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    api = load_workflow(ROOT / "workflows" / f"{NAME}.json")
+    api = load_workflow(ROOT / "workflows" / "api" / f"{NAME}.json")
     assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}

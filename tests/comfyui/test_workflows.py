@@ -164,6 +164,8 @@ def test_they_are_what_the_script_makes(own_templates, infos, name):
 def test_the_template_browser_lists_them_and_serves_them(client):
     listed = from_template.fetch(client.url, "/workflow_templates")["comfy-sage3"]
     assert set(NAMES) <= set(listed)
-    for name in NAMES:
+    for name in listed:  # the browser opens what it lists as the editor's files: a server's would be an empty graph
         served = from_template.fetch(client.url, f"/api/workflow_templates/comfy-sage3/{name}.json")
         assert served == editor(name)
+        assert served["nodes"]
+        assert (FOLDER / "api" / f"{name}.json").is_file()

@@ -97,7 +97,7 @@ def ours(fault: str) -> bool:
 
 def workflow(seed: int) -> dict[str, Any]:
     """The A/B workflow as the editor opens it, at test size."""
-    made = json.loads((ROOT / "workflows" / "text_to_video_ab.ui.json").read_text(encoding="utf-8"))
+    made = json.loads((ROOT / "workflows" / "text_to_video_ab.json").read_text(encoding="utf-8"))
     for node in made["nodes"]:
         values = node.get("widgets_values")
         if node["type"] == "EmptyHunyuanLatentVideo":
