@@ -85,7 +85,7 @@ class Compare {
                 ArrowRight: () => (this.mode === "wipe" ? wipe(0.02) : this.go(this.at + 1)),
                 ArrowUp: () => this.go(this.at - 1),
                 ArrowDown: () => this.go(this.at + 1),
-                " ": () => (this.frames?.count > 1 ? this.setPlaying(!this.playing) : this.swap()),
+                " ": () => (this.frames?.count > 1 ? this.setPlaying(!this.playing) : (this.swap(), this.blink())),
             }[event.key];
             if (!does || !this.data) return;
             event.preventDefault();
@@ -115,10 +115,15 @@ class Compare {
 
     look(mode) {
         this.mode = mode;
-        clearInterval(this.blinking);
         this.side = "a";
-        if (mode === "blink") this.blinking = setInterval(() => (this.canvas.isConnected ? this.swap() : clearInterval(this.blinking)), BLINK);
+        this.blink();
         this.refresh();
+    }
+
+    // Change sides from now on, in this mode.
+    blink() {
+        clearInterval(this.blinking);
+        if (this.mode === "blink") this.blinking = setInterval(() => (this.canvas.isConnected ? this.swap() : clearInterval(this.blinking)), BLINK);
     }
 
     swap() {
