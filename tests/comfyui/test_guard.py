@@ -84,7 +84,7 @@ def test_four_bits_give_way_to_eight_and_other_layers_keep_them(monkeypatch):
 
 def test_a_good_result_is_looked_at_once_a_layer_and_shape(monkeypatch):
     looked = []
-    monkeypatch.setattr("comfy_sage3.comfyui.guard.agreement", lambda call, out: looked.append(1) or 1.0)
+    monkeypatch.setattr("comfy_sage3.comfyui.guard.agreement", lambda call, out: looked.append(1) or (True, 1.0))
     hook = Hook(PrecisionPlan("int8"), emulate=True)
     for layer in (0, 1, 0, 1, 0):
         attend(hook, layer)
@@ -130,7 +130,9 @@ def test_agreement_of_exact_attention_with_itself(mask, layout):
     else:
         call = HookCall.read(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), H, mask)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-    assert agreement(call, out if layout == "HND" else out.transpose(1, 2)) > 0.999999
+    finite, cosine = agreement(call, out if layout == "HND" else out.transpose(1, 2))
+    assert finite
+    assert cosine == pytest.approx(1, abs=1e-6)
 
 
 def test_listed_layers_stay_exact_and_unknown_ones_too():
