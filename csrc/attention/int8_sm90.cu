@@ -19,6 +19,7 @@
 // every multiprocessor walks over (head, query block) jobs.
 
 #include <algorithm>
+#include <cstddef>
 #include <type_traits>
 
 #include "sage3/launch.h"
@@ -56,13 +57,19 @@ struct Config {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
+// RowState's m of a thread, which is used once a tile.
+template <int D>
+struct alignas(D == 64 ? 16 : 8) Reference {
+  float m[2];
+};
+
 template <int D>
 struct Shared {
   alignas(1024) unsigned char k[Config<D>::kStages][Config<D>::kTileBytes];
   alignas(1024) unsigned char v[Config<D>::kStages][Config<D>::kTileBytes];
   alignas(16) unsigned char q[Config<D>::kConsumers][kQueryTile * D];
   alignas(16) float q_scale[Config<D>::kConsumers][kQueryTile];
-  float2 reference[Config<D>::kConsumers][128];  // RowState's m of each thread, which is used once a tile
+  alignas(16) Reference<D> reference[Config<D>::kConsumers][D == 64 ? 4 * D : 128];  // hd64: laid out as q is
   // Twice as many as stages: a slot is filled again only after its readers have used, not only read, what it held. With
   // one slot a stage the copy engine could overtake an ordinary load still under way (seen: one tile in thousands with
   // its successor's scale), or a fence between the proxies had to prevent it, twice a tile.
@@ -256,7 +263,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   using C = Config<D>;
   constexpr int kBlocks = (D + C::kBlock - 1) / C::kBlock;
   constexpr bool kQueriesEarly = D != 256;  // a tile ahead: fetched under the sums of the last one
-  constexpr bool kReferenceAside = D != 64;  // in shared memory, for want of registers
+  constexpr bool kReferenceAside = D != 64 || !kFast;  // in shared memory, for want of registers
   const int8::Shape& shape = p.call.shape;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);  // the same in all lanes, and known to be
@@ -319,7 +326,12 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
 
     RowState state;
-    float2& reference = shared.reference[consumer][32 * warp + lane];
+    auto& reference = [&]() -> Reference<D>& {
+      if constexpr (D != 64) return shared.reference[consumer][32 * warp + lane];
+      // As far from the thread's words of Q in every thread, so that one register addresses both: 6 % of hd64's speed.
+      constexpr int kApart = offsetof(Shared<D>, reference) - offsetof(Shared<D>, q);
+      return *reinterpret_cast<Reference<D>*>(const_cast<uint4*>(q) + kApart / sizeof(uint4));
+    }();
     if constexpr (kReferenceAside) reference = {state.m[0], state.m[1]};
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
@@ -374,7 +386,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         const float bias[2] = {kLog2TopCode - top[0], kLog2TopCode - top[1]};
         quantize_p(a8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
       }
-      if constexpr (kReferenceAside) state.m[0] = reference.x, state.m[1] = reference.y;
+      if constexpr (kReferenceAside) state.m[0] = reference.m[0], state.m[1] = reference.m[1];
       update_rows(state, top, sum, weight, rescale);
       if constexpr (kReferenceAside) reference = {state.m[0], state.m[1]};
 
@@ -405,7 +417,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     const Job done(p, job_of_round(opaque(round)));
     const int row0 = (done.block * C::kConsumers + consumer) * kQueryTile + 16 * warp;
     float inverse[2], lse[2];
-    if constexpr (kReferenceAside) state.m[0] = reference.x, state.m[1] = reference.y;
+    if constexpr (kReferenceAside) state.m[0] = reference.m[0], state.m[1] = reference.m[1];
     finish_rows(state, inverse, lse);
     const float* const v_mean = reinterpret_cast<const float*>(base + p.at.v_mean) + int64_t(done.kv) * D;
     const float* const v_norm = reinterpret_cast<const float*>(base + p.at.v_norm) + int64_t(done.kv) * D;
