@@ -7,13 +7,16 @@
     compute-sanitizer --error-exitcode 9 --tool synccheck --num-cuda-barriers 4096 python tests/gpu/sanitize.py
 
 Build the kernels before (python -m comfy_sage3 build), or the compiler runs under the tool too. ``--kernel sm90`` and
-``--only causal`` narrow it down; SAGE3_LINEINFO=1 gives line numbers. synccheck must be told how many barriers to follow:
-left to itself (or with 12) it loses track at the mma kernel's masked calls, says so, and ends in a launch failure of its own
-making; with 4096 all calls pass. racecheck does not know that a bulk copy (TMA)
-signals an mbarrier, and reports hazards between such a copy and the reads that wait for it: those are false. Nor does it
-credit __syncwarp() before lane 0 arrives for its warp, and reports a write after the other lanes' reads where a slot of a
-ring is used again: with all 32 lanes arriving, and the barrier's count raised to match, the mma kernel has no hazard.
-leak-check names what torch keeps until the process ends. Exits with 1 where a result is wrong, 2 where no kernel is.
+``--only causal`` narrow it down; SAGE3_LINEINFO=1 gives line numbers.
+
+synccheck must be told how many barriers to follow: left to itself (or with 12) it loses track at the mma kernel's masked
+calls, says so ("Detected overflow of tracked cuda::barrier structures"), and the launch fails under it; with 4096 all calls
+of all kernels pass. racecheck does not credit __syncwarp() before lane 0 arrives for its warp, and reports a write after the
+other lanes' reads where a slot of a ring is filled again. The control: with all 32 lanes arriving (the lane's test removed
+from the kernel's ``release``, the "empty" barriers' counts times 32) there is no hazard in any call of sm90, sm90-fast and
+fp4, nor in those of mma that were tried. leak-check names what torch keeps until the process ends.
+
+Exits with 1 where a result is wrong, 2 where no kernel is.
 """
 
 from __future__ import annotations
