@@ -17,13 +17,13 @@ from ..attention import attention
 from ..metrics import attention_error
 from ..reference import exact_attention
 from ..report import Report
-from .engine import Side
+from .engine import Side, Where
 
 MAX_CAPTURED_STEPS = 8
 MAX_CAPTURED_BYTES = 1 << 30
 
 Attend = Callable[..., Tensor]
-"""``attend(q, k, v, *, mask, is_causal, scale, enable_gqa) -> out``, all (B, L, H, D)."""
+"""``attend(q, k, v, *, where, mask, is_causal, scale, enable_gqa) -> out``, all (B, L, H, D)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class CapturedCall:
 
     place: Place
     step: int
+    sigma: float
     qkv: tuple[Tensor, Tensor, Tensor]
     options: dict[str, Any]
 
@@ -62,10 +63,10 @@ def spread(steps: int, bytes_per_step: int) -> list[int]:
 
 def door(side: Side, report: Report) -> Attend:
     """Attention at the precision the side's plan chooses for each call, through the package's one door."""
-    plan, unseen = side.plan, Report()
+    unseen = Report()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        wish, why_exact = plan.choose(None, q.shape[1], k.shape[1])
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, where: Where | None = None, **options: Any) -> Tensor:
+        wish, why_exact = side.choose(where, q.shape[1], k.shape[1])
         out = attention(
             q,
             k,
@@ -83,7 +84,9 @@ def door(side: Side, report: Report) -> Attend:
     return attend
 
 
-def exact_second_way(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, **options: Any) -> Tensor:
+def exact_second_way(
+    q: Tensor, k: Tensor, v: Tensor, *, where: Where | None = None, enable_gqa: bool = False, **options: Any
+) -> Tensor:
     """Exact attention by the chunked fp32 reference (which infers GQA): the noise floor's other end."""
     out, _ = exact_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
     return out.transpose(1, 2)
@@ -103,8 +106,9 @@ def replay(captured: Captured, kernels: dict[str, Attend]) -> list[dict[str, Any
         q, k, v = call.qkv
         truth = exact_second_way(q.float(), k.float(), v.float(), **call.options)
         row: dict[str, Any] = {"layer": call.place.layer, "kind": call.place.kind, "step": call.step}
-        row |= {"q_tokens": q.shape[1], "k_tokens": k.shape[1]}
+        row |= {"sigma": call.sigma, "q_tokens": q.shape[1], "k_tokens": k.shape[1]}
+        where = Where(str(call.place.layer), call.sigma)
         for name, attend in kernels.items():
-            row[name] = attention_error(attend(q, k, v, **call.options), truth)
+            row[name] = attention_error(attend(q, k, v, where=where, **call.options), truth)
         rows.append(row)
     return rows

@@ -22,7 +22,7 @@ from ..errors import EngineError
 from ..precision import Precision
 from ..report import ReportLine
 from ..workflow import ComfyClient
-from .engine import Generation, Inspection, OnStep, Request, Side
+from .engine import Generation, Inspection, OnPreview, OnStep, Request, Side
 
 Graph = dict[str, dict[str, Any]]
 ATTENTION, SAMPLER, REPORT, DECODE, FRAMES = "attention", "sampler", "report", "decode", "frames"
@@ -57,6 +57,7 @@ class ComfyUIEngine:
     def __init__(self, url: str) -> None:
         self._client = ComfyClient(url)
         self._runs = 0
+        self.on_preview: OnPreview | None = None
         try:
             self._stats = self._client.system_stats()
         except BaseException:
@@ -79,6 +80,7 @@ class ComfyUIEngine:
 
     def check(self, request: Request, sides: Sequence[Side]) -> None:
         parse(request.prompt)
+        parse(request.negative)
         for node in NEEDED_NODES:
             if node not in self._client.object_info(node):
                 raise EngineError(
@@ -159,7 +161,7 @@ def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Grap
             emulate=side.emulate,
         ),
         "positive": _node("Sage3DemoPrompt", text=request.prompt),
-        "negative": _node("Sage3DemoPrompt", text=""),
+        "negative": _node("Sage3DemoPrompt", text=request.negative),
         "latent": _node(
             "EmptyHunyuanLatentVideo", width=size.width, height=size.height, length=size.frames, batch_size=1
         ),

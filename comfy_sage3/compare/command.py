@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from ..demo.sizes import LONG, MIN_TOKENS, Size, shift_of
 from ..precision import Precision
-from .engine import Engine, Request, Side
+from .engine import Engine, Request
+from .sides import read_side
 
 PROMPT = "a large red circle moving left quickly on a black background"
 OUT = "runs/compare"
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = ", ".join(p.value for p in Precision)
     parser.add_argument("--prompt", default=PROMPT, help=f'what to draw (default: "{PROMPT}")')
     parser.add_argument(
-        "--a", default="exact", metavar="PRECISION", help=f"side A: {choices} (default: exact)"
+        "--a", default="exact", metavar="PRECISION", help=f"side A: {choices}, or a plan's .json file (default: exact)"
     )
-    parser.add_argument("--b", default="fp4", metavar="PRECISION", help=f"side B: {choices} (default: fp4)")
+    parser.add_argument("--b", default="fp4", metavar="PRECISION", help="side B, likewise (default: fp4)")
+    parser.add_argument("--negative", default="", help="what guidance is to steer away from (default: nothing)")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the noise both sides start from (default: 1)"
     )
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the comparison, write the results, print the table. Returns 0; errors are raised as Sage3Error."""
     # Everything that can be refused is refused before torch and a model are loaded.
-    a, b = (Side(x, Precision.parse(p), args.emulate, args.min_tokens) for x, p in (("A", args.a), ("B", args.b)))
+    a, b = (read_side(x, p, args.emulate, args.min_tokens) for x, p in (("A", args.a), ("B", args.b)))
     request = _request(args)
     from .measure import compare
     from .output import check_out, write
@@ -101,7 +103,7 @@ def _request(args: argparse.Namespace) -> Request:
         from .diffusers_engine import pick_device
 
         size = "gpu" if args.engine == "diffusers" and pick_device(args.device).type == "cuda" else "cpu"
-    return Request(args.prompt, Size.parse(size), args.seed, args.steps, args.cfg, args.shift)
+    return Request(args.prompt, Size.parse(size), args.seed, args.steps, args.cfg, args.shift, args.negative)
 
 
 def _engine(args: argparse.Namespace) -> Engine:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import importlib
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..demo import load
 from ..demo.prompts import parse
-from ..demo.sample import decode, sample, velocity
+from ..demo.sample import decode, sample, schedule, velocity
 from ..errors import EngineError, InputError
 from ..metrics import attention_error
 from ..precision import Precision
@@ -35,13 +37,14 @@ from .capture import (
     replay,
     spread,
 )
-from .engine import Generation, Inspection, OnStep, Request, Side
+from .engine import Generation, Inspection, OnPreview, OnStep, Request, Side, Where
 from .stopwatch import Stopwatch
 
 WAN_MODULE = "diffusers.models.transformers.transformer_wan"
 GET_DIFFUSERS = "pip install 'diffusers>=0.41,<0.43'"  # those that were run; 0.41 is the last for Python 3.10
 HOOK = "dispatch_attention_fn"
 EXACT = Side("exact", Precision.EXACT)
+PREVIEW_SHARE = 0.2  # the most of a run's time that its previews may take: decoding is slow on a CPU
 
 Route = Callable[[Place, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
@@ -125,9 +128,9 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
         )
 
 
-def simple_route(attend: Attend) -> Route:
-    """A route that needs to know nothing about the place."""
-    return lambda place, q, k, v, options: attend(q, k, v, **options)
+def route_at(attend: Attend, sigma: float) -> Route:
+    """A route for a single noise level."""
+    return lambda place, q, k, v, options: attend(q, k, v, where=Where(str(place.layer), sigma), **options)
 
 
 class DiffusersEngine:
@@ -143,6 +146,7 @@ class DiffusersEngine:
         self.transformer = load.load_transformer(self.device, self.dtype)
         self.vae = load.load_vae(self.device, self.dtype)
         self._watch = Stopwatch(self.device)
+        self.on_preview: OnPreview | None = None
 
     def describe(self) -> dict[str, str]:
         versions = {name: _version(name) for name in ("torch", "diffusers", "numpy")}
@@ -158,6 +162,10 @@ class DiffusersEngine:
 
     def check(self, request: Request, sides: Sequence[Side]) -> None:
         parse(request.prompt)
+        parse(request.negative)
+        saved = next((side.saved for side in sides if side.saved), None)
+        if saved:
+            raise InputError(f"The plan {saved!r} is on a ComfyUI server: give the plan's file for the embedded model.")
 
     def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
         self._sample(request.for_warm_up(), door(side, Report()), on_step)
@@ -181,8 +189,7 @@ class DiffusersEngine:
         end = self._watch.mark()
         self._watch.synchronise()
         generation.decode_seconds = self._watch.between(start, end)
-        pixels = ((video.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        generation.video = pixels.permute(1, 2, 3, 0).contiguous().numpy()
+        generation.video = pixels_of(video)
         generation.handle = None
 
     def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection:
@@ -196,37 +203,52 @@ class DiffusersEngine:
             torch.cuda.empty_cache()
 
     def _sample(self, request: Request, attend: Attend, on_step: OnStep) -> Generation:
+        """One run. What is shown and told between the steps is not part of their time, nor of the peak memory."""
         watch = self._watch
+        sigmas = schedule(request.steps, request.shift or request.size.shift)
         calls: list[tuple[Any, Any]] = []
-        marks: list[Any] = []
+        steps: list[tuple[Any, Any]] = []  # when each began and ended
+        began: Any = None
+        peaks: list[int | None] = []
+        preview = _Previews(self, self.on_preview)
 
         def route(place: Place, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            where = Where(str(place.layer), sigmas[len(steps)])
             start = watch.mark()
-            out = attend(q, k, v, **options)
+            out = attend(q, k, v, where=where, **options)
             calls.append((start, watch.mark()))
             return out
 
-        def stepped(done: int, steps: int) -> None:
-            marks.append(watch.mark())
-            on_step(done, steps)
+        def guessed(latents: Tensor) -> None:
+            steps.append((began, watch.mark()))
+            if preview.due():
+                peaks.append(watch.peak_memory())
+                preview.show(latents)
+                watch.reset_peak_memory()
+
+        def stepped(done: int, count: int) -> None:
+            nonlocal began
+            on_step(done, count)
+            began = watch.mark()
 
         watch.synchronise()
         watch.reset_peak_memory()
-        marks.append(watch.mark())
+        began = watch.mark()
         with routed(self.transformer, route):
-            latents = self._run(request, stepped)
-        end = watch.mark()
+            latents = self._run(request, stepped, guessed)
         watch.synchronise()
+        peaks.append(watch.peak_memory())
+        seconds = [watch.between(x, y) for x, y in steps]
         return Generation(
-            seconds_total=watch.between(marks[0], end),
-            seconds_per_step=[watch.between(x, y) for x, y in zip(marks, marks[1:], strict=False)],
+            seconds_total=sum(seconds),
+            seconds_per_step=seconds,
             attention_seconds=sum(watch.between(x, y) for x, y in calls),
-            peak_memory_bytes=watch.peak_memory(),
+            peak_memory_bytes=max((p for p in peaks if p is not None), default=None),
             report=[],
             handle=latents,
         )
 
-    def _run(self, request: Request, on_step: OnStep) -> Tensor:
+    def _run(self, request: Request, on_step: OnStep, on_guess: Callable[[Tensor], None] | None = None) -> Tensor:
         return sample(
             self.transformer,
             request.prompt,
@@ -235,7 +257,9 @@ class DiffusersEngine:
             steps=request.steps,
             cfg=request.cfg,
             shift=request.shift,
+            negative=request.negative,
             on_step=on_step,
+            on_guess=on_guess,
         )
 
     def _capture(self, request: Request, side: Side, on_step: OnStep) -> Captured:
@@ -245,6 +269,7 @@ class DiffusersEngine:
         per_step = 3 * request.size.tokens * width * config.num_layers * self.dtype.itemsize
         wanted = set(spread(request.steps, per_step))
         captured, attend = Captured(), door(side, Report())
+        sigmas = schedule(request.steps, request.shift or request.size.shift)
         step, forwards = 0, 0
 
         def started(_: Any, args: tuple[Any, ...]) -> None:
@@ -255,8 +280,9 @@ class DiffusersEngine:
 
         def route(place: Place, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
             if step in wanted and forwards == 1:
-                captured.calls.append(CapturedCall(place, step, (q.clone(), k.clone(), v.clone()), options))
-            return attend(q, k, v, **options)
+                kept = (q.clone(), k.clone(), v.clone())
+                captured.calls.append(CapturedCall(place, step, sigmas[step], kept, options))
+            return attend(q, k, v, where=Where(str(place.layer), sigmas[step]), **options)
 
         def stepped(done: int, steps: int) -> None:
             nonlocal step, forwards
@@ -286,8 +312,32 @@ class DiffusersEngine:
         return rows
 
     def _velocity(self, request: Request, sigma: float, x: Tensor, attend: Attend) -> Tensor:
-        with routed(self.transformer, simple_route(attend)):
-            return velocity(self.transformer, x, sigma, [request.prompt], request.cfg)
+        with routed(self.transformer, route_at(attend, sigma)):
+            return velocity(self.transformer, x, sigma, [request.prompt], request.cfg, request.negative)
+
+
+class _Previews:
+    """The first frame of the video as it looks so far, decoded as often as ``PREVIEW_SHARE`` of the time allows."""
+
+    def __init__(self, engine: DiffusersEngine, tell: OnPreview | None) -> None:
+        self._engine, self._tell = engine, tell
+        self._start, self._spent = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        return self._tell is not None and self._spent <= PREVIEW_SHARE * (time.monotonic() - self._start)
+
+    def show(self, latents: Tensor) -> None:
+        began = time.monotonic()
+        frame = pixels_of(decode(self._engine.vae, latents[:, :, :1]))[0]
+        self._spent += time.monotonic() - began
+        if self._tell:
+            self._tell(frame)
+
+
+def pixels_of(video: Tensor) -> np.ndarray:
+    """float (3, T, H, W) in [-1, 1] as uint8 (T, H, W, 3)."""
+    pixels = ((video.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).contiguous().numpy()
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..demo.sizes import MIN_TOKENS, Size
 from ..errors import InputError
+from ..plan.plan import LayerPlan
 from ..precision import Precision, PrecisionPlan
 from ..report import ReportLine
 
@@ -25,6 +26,9 @@ WARM_UP_STEPS = 2
 
 OnStep = Callable[[int, int], None]
 """Called as ``on_step(done, steps)`` after every sampling step; may raise to cancel."""
+OnPreview = Callable[[np.ndarray], None]
+"""Called now and then while a run goes on with what the video looks like so far: one frame, uint8 (H, W, 3)."""
+PLANNED = "plan"  # what a side with a plan is called where others are called by their precision
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Request:
     """One video to make. Raises InputError for a value outside the bounds above.
 
     ``cfg`` is the classifier-free guidance scale (1 = off), ``shift`` the time shift of the flow schedule; None
-    takes the size's own, the one the model was trained with.
+    takes the size's own, the one the model was trained with; ``negative`` is what guidance steers away from.
     """
 
     prompt: str
@@ -41,6 +45,7 @@ class Request:
     steps: int = 20
     cfg: float = 3.0
     shift: float | None = None
+    negative: str = ""
 
     def __post_init__(self) -> None:
         _bounded("seed", self.seed, 0, 2**63 - 1)
@@ -70,20 +75,43 @@ def _bounded(name: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
+class Where:
+    """Where in a run a call was made: the layer by its name in plans, and the noise level."""
+
+    layer: str
+    sigma: float
+
+
+@dataclass(frozen=True)
 class Side:
     """One contestant: how attention is wished for, and whether the reference may stand in for a kernel.
 
-    Calls of fewer than ``min_tokens`` query or key tokens stay exact, as with the Sage3 Attention node. Raises
-    InputError for a negative one.
+    Calls of fewer than ``min_tokens`` query or key tokens stay exact, as with the Sage3 Attention node. A plan takes the
+    place of ``precision`` (then AUTO): ``table`` for an engine that holds the model, or the name under which a plan is
+    ``saved`` on a ComfyUI server. Raises InputError for a negative ``min_tokens`` and for a plan beside a precision.
     """
 
     label: str
     precision: Precision
     emulate: bool = True
     min_tokens: int = MIN_TOKENS
+    table: LayerPlan | None = None
+    saved: str = ""
 
     def __post_init__(self) -> None:
         _ = self.plan  # which refuses what it cannot use
+        if self.planned and (self.precision is not Precision.AUTO or (self.table is not None and self.saved)):
+            raise InputError(f"Side {self.label} has a plan and something beside it: give a precision or one plan.")
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan decides the precision layer by layer."""
+        return self.table is not None or bool(self.saved)
+
+    @property
+    def wish(self) -> str:
+        """The precision's name, or "plan"."""
+        return PLANNED if self.planned else self.precision.value
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -93,7 +121,19 @@ class Side:
     @property
     def name(self) -> str:
         """Label and precision, such as "A (exact)"."""
-        return f"{self.label} ({self.precision.value})"
+        return f"{self.label} ({self.wish})"
+
+    def choose(self, where: Where | None, q_tokens: int, k_tokens: int) -> tuple[Precision, str]:
+        """The precision for one call and, where this side itself keeps it exact, why ("" otherwise)."""
+        if self.table is None:
+            return self.plan.choose(None, q_tokens, k_tokens)
+        if where is None:
+            return Precision.EXACT, "the plan goes by layers"
+        least = max(self.min_tokens, self.table.min_tokens)
+        if min(q_tokens, k_tokens) < least:
+            return Precision.EXACT, f"fewer than {least} tokens"
+        wish = self.table.choose(where.layer, where.sigma)
+        return wish, "exact by the plan" if wish is Precision.EXACT else ""
 
 
 @dataclass
@@ -136,6 +176,7 @@ class Engine(Protocol):
 
     name: str
     floor_method: str  # how the noise floor's second exact computation differs from the first, in words
+    on_preview: OnPreview | None  # set by who wants previews; their time and memory are not counted
 
     def describe(self) -> dict[str, str]:
         """Device, versions and model, as a person would want them in a report."""

@@ -21,7 +21,18 @@ from ..demo.score import adherence
 from ..errors import EngineError, InputError
 from ..metrics import SSIM_CONVENTION, flicker, motion_energy, psnr, ssim, worst_frame
 from ..precision import Precision
-from .engine import EMULATED_NOTE, Engine, Generation, Inspection, Request, Side, fell_back, is_emulated, kept_exact
+from .engine import (
+    EMULATED_NOTE,
+    Engine,
+    Generation,
+    Inspection,
+    Request,
+    Side,
+    Where,
+    fell_back,
+    is_emulated,
+    kept_exact,
+)
 
 SCHEMA = "comfy_sage3.compare"
 SCHEMA_VERSION = 1
@@ -183,6 +194,7 @@ def request_data(request: Request) -> dict[str, Any]:
         "tokens": size.tokens,
         "steps": request.steps,
         "cfg": request.cfg,
+        "negative": request.negative,
         "shift": request.shift,
     }
 
@@ -192,7 +204,7 @@ def side_data(side: Side, runs: Sequence[Generation]) -> dict[str, Any]:
     report = runs[-1].report
     return {
         "label": side.label,
-        "precision": side.precision.value,
+        "precision": side.wish,
         "emulation_allowed": side.emulate,
         "emulated": is_emulated(report),
         "fell_back": fell_back(report),
@@ -267,8 +279,12 @@ def replay_data(inspection: Inspection | None, sides: dict[str, Side]) -> dict[s
 
 
 def _keeps_exact(side: Side, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
-    lengths = [(row["q_tokens"], row["k_tokens"]) for row in rows if row["kind"] == kind]
-    return bool(lengths) and all(side.plan.choose(None, q, k)[1] for q, k in lengths)
+    def kept(row: dict[str, Any]) -> bool:
+        where = Where(str(row["layer"]), row["sigma"]) if "sigma" in row else None
+        return bool(side.choose(where, row["q_tokens"], row["k_tokens"])[1])
+
+    mine = [row for row in rows if row["kind"] == kind]
+    return bool(mine) and all(kept(row) for row in mine)
 
 
 def one_step_data(inspection: Inspection | None) -> dict[str, Any] | None:

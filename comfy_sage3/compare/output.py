@@ -25,6 +25,22 @@ GAP = 8  # pixels between the two halves of side_by_side.webp
 METRICS = "metrics.json"
 
 
+def read(folder: Path) -> Comparison:
+    """The comparison that ``write`` left in ``folder``. Raises InputError where its files are not whole."""
+    try:
+        metrics = json.loads((folder / METRICS).read_text("utf-8"))
+        if metrics.get("schema") != SCHEMA:
+            raise ValueError("not a comparison")
+        videos = {key: _frames(folder / key, metrics["request"]["frames"]) for key in ("a", "b")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} does not hold a whole comparison ({error}): make it again.") from None
+    return Comparison(metrics, videos)
+
+
+def _frames(folder: Path, count: int) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(folder / f"{i:04d}.png").convert("RGB")) for i in range(count)])
+
+
 def check_out(out: Path) -> None:
     """Raise InputError unless ``out`` can be written to: a new, empty, or earlier comparison's folder."""
     if out.exists() and not out.is_dir():

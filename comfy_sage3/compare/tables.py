@@ -15,6 +15,7 @@ PRECISION_NAMES = {
     "int8-fast": "fast 8-bit attention",
     "exact": "exact attention",
     "auto": "automatic attention",
+    "plan": "planned attention",
 }
 
 
@@ -176,7 +177,8 @@ def ratio_rows(m: dict[str, Any]) -> list[tuple[str, str]]:
 def kept_exact_sentence(side: dict[str, Any]) -> str:
     """How many calls a side's own plan kept exact, and which setting did."""
     count, calls = side["kept_exact"], side["calls"]
-    return f"{count:,} of {calls:,} calls were kept exact by --min-tokens {side['min_tokens']}."
+    plan = "the plan and " if side["precision"] == "plan" else ""
+    return f"{count:,} of {calls:,} calls were kept exact by {plan}--min-tokens {side['min_tokens']}."
 
 
 def side_title(side: dict[str, Any]) -> str:
@@ -197,6 +199,8 @@ def command(m: dict[str, Any]) -> str:
     ]
     words += ["--steps", str(r["steps"]), "--cfg", f"{r['cfg']:g}", "--shift", f"{r['shift']:g}"]
     words += ["--min-tokens", str(b["min_tokens"])]
+    if r.get("negative"):
+        words += ["--negative", r["negative"]]
     words += ["--repeats", str(m["timing"]["repeats"]), "--engine", m["environment"]["engine"]]
     if "server" in m["environment"]:
         words += ["--server", m["environment"]["server"]]

@@ -23,11 +23,13 @@ def initial_noise(size: Size, seed: int) -> Tensor:
     return torch.randn(1, *size.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def velocity(transformer: Any, latents: Tensor, sigma: float, prompts: list[str], cfg: float) -> Tensor:
+def velocity(
+    transformer: Any, latents: Tensor, sigma: float, prompts: list[str], cfg: float, negative: str = ""
+) -> Tensor:
     """The model's velocity (noise - x0) at noise level ``sigma`` with classifier-free guidance, float32.
 
-    ``latents`` (B, 16, T', H/8, W/8), one prompt each. Positive and negative prompts are two calls, so that both see
-    the same attention shapes.
+    ``latents`` (B, 16, T', H/8, W/8), one prompt each, ``negative`` what to steer away from. Positive and negative
+    prompts are two calls, so that both see the same attention shapes.
     """
     parameter = next(transformer.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -41,7 +43,7 @@ def velocity(transformer: Any, latents: Tensor, sigma: float, prompts: list[str]
     conditional = predict(prompts)
     if cfg == 1.0:
         return conditional
-    unconditional = predict([""] * len(prompts))
+    unconditional = predict([negative] * len(prompts))
     return unconditional + cfg * (conditional - unconditional)
 
 
@@ -54,17 +56,22 @@ def integrate(
     steps: int = 20,
     cfg: float = 3.0,
     shift: float | None = None,
+    negative: str = "",
     on_step: Callable[[int, int], None] | None = None,
+    on_guess: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Latents of a batch: Euler steps from ``noise`` (B, 16, T', H/8, W/8), one prompt each; see ``sample``."""
     if shift is None:
         shift = shift_of(tokens_of(noise.shape))
-    for prompt in prompts:
+    for prompt in (*prompts, negative):
         embed(prompt)  # an unknown word is refused before any work
     x = noise.to(next(transformer.parameters()).device)
     sigmas = schedule(steps, shift)
     for i, (now, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        x = x + (after - now) * velocity(transformer, x, now, prompts, cfg)
+        v = velocity(transformer, x, now, prompts, cfg, negative)
+        x = x + (after - now) * v
+        if on_guess:
+            on_guess(x - after * v)
         if on_step:
             on_step(i + 1, steps)
     return x
@@ -79,15 +86,28 @@ def sample(
     steps: int = 20,
     cfg: float = 3.0,
     shift: float | None = None,
+    negative: str = "",
     on_step: Callable[[int, int], None] | None = None,
+    on_guess: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Latents (1, 16, T', H/8, W/8), float32 on the model's device, for ``prompt``.
 
     ``shift`` is the time shift of the schedule; None means the size's own, which the model was trained with.
-    ``on_step(done, steps)`` is called after every step and may raise to cancel. Raises InputError for an unknown word.
+    ``on_step(done, steps)`` is called after every step and may raise to cancel; before it ``on_guess(x0)`` gets what the
+    model takes for the finished latents so far. Raises InputError for an unknown word.
     """
     noise = initial_noise(size, seed)
-    return integrate(transformer, noise, [prompt], steps=steps, cfg=cfg, shift=shift, on_step=on_step)
+    return integrate(
+        transformer,
+        noise,
+        [prompt],
+        steps=steps,
+        cfg=cfg,
+        shift=shift,
+        negative=negative,
+        on_step=on_step,
+        on_guess=on_guess,
+    )
 
 
 @torch.inference_mode()
