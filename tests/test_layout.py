@@ -16,6 +16,7 @@ FLOORS = (
     ("cli",),
     ("app",),
     ("numerics",),  # a command; what the other commands run lives in their own rooms
+    ("study",),
     ("compare", "comfyui"),  # comfyui offers the bundled weights, their prompts and the doctor, so they are below it
     ("demo", "plan", "doctor"),
     ("face",),  # comfy_sage3/__init__.py: the names a user imports
@@ -38,13 +39,15 @@ KNOWN_TO = {"comfyui": {"pack"}}
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server")
 FOREIGN = {
     "torch": ("",),
-    "numpy": ("metrics.py", "compare/", "demo/", "app/", "comfyui/frames.py"),
-    "PIL": ("compare/", "demo/", "app/", "comfyui/frames.py"),
+    "numpy": ("metrics.py", "compare/", "demo/", "app/", "study/", "comfyui/frames.py", "comfyui/plan_node.py"),
+    "PIL": ("compare/", "demo/", "app/", "study/", "comfyui/frames.py", "plan/heatmap.py"),
     "aiohttp": ("comfyui/routes.py",),
     "safetensors": ("demo/",),
-    "matplotlib": ("compare/plots.py",),
+    "matplotlib": ("compare/plots.py", "study/plots.py"),
     "diffusers": ("compare/diffusers_engine.py", "demo/load.py"),
     "gradio": ("app/",),
+    "starlette": ("app/launch.py",),  # what gradio's server is made of
+    "ray": ("study/ray_runner.py",),
 } | {name: ("comfyui/",) for name in COMFYUI}
 
 

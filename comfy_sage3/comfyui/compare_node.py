@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import metrics
 from ..errors import InputError
 from .frames import MOST_SHOWN, FrameFolder, pixels, shown
-from .nodes import _where_known
+from .nodes import where_known
 
 VERSION = 1  # of the payload
 IDENTICAL = "identical"  # stands for an infinite PSNR, which JSON cannot hold
@@ -24,7 +24,7 @@ class Sage3Compare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _where_known(
+        return where_known(
             io.Schema,
             known={"search_aliases": ["compare videos", "compare images", "before after slider", "psnr", "ssim"]},
             node_id="Sage3Compare",

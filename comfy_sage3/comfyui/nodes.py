@@ -36,7 +36,7 @@ def register_weights() -> None:
             folder_paths.add_model_folder_path(kind, str(weights_folder()))
 
 
-def _where_known(make: Any, *args: Any, known: dict[str, Any], **options: Any) -> Any:
+def where_known(make: Any, *args: Any, known: dict[str, Any], **options: Any) -> Any:
     """``make`` with those of ``known`` that this ComfyUI's version of it takes: 0.3.64 takes fewer."""
     takes = inspect.signature(make).parameters
     return make(*args, **options, **{name: value for name, value in known.items() if name in takes})
@@ -44,7 +44,7 @@ def _where_known(make: Any, *args: Any, known: dict[str, Any], **options: Any) -
 
 def _advanced(make: Any, *args: Any, **options: Any) -> Any:
     """An input folded away by default."""
-    return _where_known(make, *args, known={"advanced": True}, **options)
+    return where_known(make, *args, known={"advanced": True}, **options)
 
 
 class Sage3Attention(io.ComfyNode):
@@ -52,7 +52,7 @@ class Sage3Attention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _where_known(
+        return where_known(
             io.Schema,
             known={"search_aliases": ["sage attention", "sageattention", "sageattn3", "fp4 attention", "int8 attention"]},
             node_id="Sage3Attention",

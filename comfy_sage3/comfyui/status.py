@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from . import routes
 from .hook import Hook
 
 EVENT = "sage3.status"
@@ -30,15 +31,17 @@ def text(hook: Hook) -> str:
     head = f"{total} attention calls: {hook.report.accelerated} accelerated, {hook.report.fell_back} fell back"
     if kept:
         head += f", {kept} left exact"
-    said = [head, *(f"{x['calls']} x {x['kernel']}: {x['reason']}" for x in lines)]
-    layers = hook.tally.layers()
-    if layers == [""]:
-        said.append(NO_LAYERS)
+    return "\n".join([head, *(f"{x['calls']} x {x['kernel']}: {x['reason']}" for x in lines), *notes(hook)])
+
+
+def notes(hook: Hook) -> list[str]:
+    """What there is to say of a run besides its calls."""
+    said = [NO_LAYERS] if hook.tally.layers() == [""] else []
     if hook.replaced:
         said.append(REPLACED)
     if hook.note:
         said.append(hook.note)
-    return "\n".join(said)
+    return said
 
 
 def payload(hook: Hook) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def payload(hook: Hook) -> dict[str, Any]:
         "prompt": hook.prompt_id,
         "running": hook.running,
         "text": text(hook),
+        "notes": notes(hook),
         "precision": hook.plan.precision.value,
         "planned": hook.table is not None,
         "emulated": emulated,
@@ -114,8 +118,10 @@ def _send(hook: Hook) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    told = payload(hook)
+    routes.remember(told)
     try:
-        server.send_sync(EVENT, payload(hook))
+        server.send_sync(EVENT, told)
     except Exception as error:  # a status that cannot be shown must not lose a finished video
         log.warning("Sage3 Attention: the status could not be sent to the browser: %s", error)
 

@@ -1,5 +1,1 @@
 """Which precision each layer gets at which step: measured errors, their costs, and the cheapest choice under a budget."""
-
-from .plan import LayerPlan
-
-__all__ = ["LayerPlan"]

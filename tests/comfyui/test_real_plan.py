@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from comfy_sage3.errors import EngineError
-from comfy_sage3.plan import LayerPlan
+from comfy_sage3.plan.plan import LayerPlan
 from comfy_sage3.precision import Precision
 from comfy_sage3.workflow import load_workflow, serve
 from comfy_sage3.workflow.command import save

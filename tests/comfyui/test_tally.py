@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfy_sage3.comfyui import status
+from comfy_sage3.comfyui import routes, status
 from comfy_sage3.comfyui import tally as tally_module
 from comfy_sage3.comfyui.hook import Hook
 from comfy_sage3.comfyui.install import install
@@ -104,6 +104,7 @@ def test_events_while_running_are_few_and_the_last_one_is_always_sent(comfy, mon
     sent = [data for event, data in comfy.Server.instance.sent if event == "sage3.status"]
     assert [data["running"] for data in sent].count(True) in (3, 4)
     assert sent[-1]["running"] is False
+    assert routes.last()[-1] == sent[-1]  # for a page that is opened later
 
 
 def test_a_model_without_layers_is_told_apart(comfy):

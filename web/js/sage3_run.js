@@ -61,7 +61,7 @@ export function summary(run) {
 
 // What the run's text says beyond its counts: that the model names no layers, that another node took the place, ...
 function notes(run) {
-    return run.calls ? run.text.split("\n").filter((line) => !/^\d+ (x|attention calls)/.test(line)) : [];
+    return run.calls ? run.notes : [];
 }
 
 // Why calls fell back, in the open; why others are exact by choice, on demand.

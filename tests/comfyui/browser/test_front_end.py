@@ -332,7 +332,8 @@ def test_the_panel_has_the_map_and_the_machine(screen):
 
 
 def payload(**changes):
-    made = {"version": 1, "node": LOW, "prompt": "p", "running": False, "text": "", "precision": "fp4", "emulated": False}
+    made = {"version": 1, "node": LOW, "prompt": "p", "running": False, "text": "", "notes": []}
+    made |= {"precision": "fp4", "emulated": False}
     made |= {"calls": 10, "accelerated": 0, "fell_back": 0, "exact": 10, "lines": [], "step": 4, "steps": 4, "layers": []}
     return made | {"map": {"layers": [], "steps": 4, "cells": []}, "seconds": None, "saved_seconds": None} | changes
 
