@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..compare.engine import Engine, Generation, Inspection, OnStep, Request, Side
+from ..compare.engine import Engine, Generation, Inspection, OnPreview, OnStep, Request, Side
 from ..compare.measure import Comparison, OnProgress, Progress, compare
 from ..errors import EngineError
 from ..precision import Precision
@@ -35,6 +35,7 @@ class WithBaseline:
 
     def __init__(self, engine: Engine, baseline: Baseline) -> None:
         self.name, self.floor_method = engine.name, engine.floor_method
+        self.on_preview: OnPreview | None = None  # a sweep shows none
         self._engine, self._baseline, self._next = engine, baseline, 0
 
     def describe(self) -> dict[str, str]:

@@ -37,7 +37,7 @@ def results(store: Store) -> dict[str, Any]:
             "schema_version": SCHEMA_VERSION,
             "created": store.created,
             "sweep": {key: value for key, value in store.sweep.to_data().items() if key != "plans"}
-            | {"plans": [c.plan_name for c in store.sweep.contestants if c.plan]},
+            | {"plans": [c.plan_name for c in store.sweep.contestants if c.plan_name]},
             "note": EMULATED_NOTE if any(r["emulated"] for r in rows) else None,
             "states": {state: sum(r["state"] == state for r in rows) for state in (DONE, BROKEN, WAITING)},
             "devices": sorted({r["device"] for r in rows if r["device"]}),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ..compare.engine import Request, Side
 from ..compare.measure import MAX_REPEATS
+from ..compare.sides import PLAN_SUFFIX
 from ..demo.prompts import parse as parse_prompt
 from ..demo.sizes import MIN_TOKENS, Size
 from ..errors import InputError
@@ -39,7 +40,10 @@ EXAMPLE = """{
 
 @dataclass(frozen=True)
 class Contestant:
-    """What runs against exact attention: a precision, or a saved plan (then ``precision`` is auto and means nothing)."""
+    """What runs against exact attention: a precision, or the plan of a name (then ``precision`` is auto).
+
+    ``plan`` is the plan itself, for the embedded model; None with a name: the plan is saved on the ComfyUI server.
+    """
 
     precision: Precision
     plan: LayerPlan | None = None
@@ -48,12 +52,12 @@ class Contestant:
     @property
     def name(self) -> str:
         """ "fp4", or "plan NAME"."""
-        return f"plan {self.plan_name}" if self.plan else self.precision.value
+        return f"plan {self.plan_name}" if self.plan_name else self.precision.value
 
     @property
     def key(self) -> str:
-        """What tells it from every other contestant: the precision, or a digest of the plan."""
-        return _digest(self.plan.to_json(), 32) if self.plan else self.precision.value
+        """What tells it from every other contestant: the precision, a digest of the plan, or the saved plan's name."""
+        return _digest(self.plan.to_json(), 32) if self.plan else self.name
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Sweep:
 
     Attributes:
         prompts, seeds, contestants: every combination is a cell; none occurs twice.
-        size, steps, cfg, shift, min_tokens, emulate: as in a single comparison; shift None is the size's own.
+        size, steps, cfg, shift, negative, min_tokens, emulate: as in a single comparison; shift None is the size's own.
         repeats: timed runs of each side of each cell.
         engine: "embedded", or the address of a ComfyUI server.
         name: a title for people.
@@ -86,6 +90,7 @@ class Sweep:
     steps: int = 20
     cfg: float = 3.0
     shift: float | None = None
+    negative: str = ""
     repeats: int = 1
     min_tokens: int = MIN_TOKENS
     emulate: bool = True
@@ -114,6 +119,15 @@ class Sweep:
         for contestant in self.contestants:
             if contestant.precision is Precision.EXACT:
                 raise InputError("Exact attention is side A of every cell: leave it out of the precisions.")
+            if contestant.plan_name and (contestant.plan is None) == (self.engine == EMBEDDED):
+                where = (
+                    "a plan's .json file" if self.engine == EMBEDDED else "the name of a plan that is saved on the server"
+                )
+                raise InputError(f"The plan {contestant.plan_name!r} cannot be used with this engine: give {where}.")
+        try:
+            parse_prompt(self.negative)
+        except InputError as error:
+            raise InputError(f"The negative prompt: {error}") from None
         for i, prompt in enumerate(self.prompts):
             self.request(prompt, self.seeds[0])
             try:
@@ -126,12 +140,13 @@ class Sweep:
 
     def request(self, prompt: str, seed: int) -> Request:
         """One video of the sweep."""
-        return Request(prompt, self.size, seed, self.steps, self.cfg, self.shift)
+        return Request(prompt, self.size, seed, self.steps, self.cfg, self.shift, self.negative)
 
     def sides(self, contestant: Contestant) -> tuple[Side, Side]:
         """A is exact attention, B the contestant."""
         a = Side("A", Precision.EXACT, self.emulate, self.min_tokens)
-        return a, Side("B", contestant.precision, self.emulate, self.min_tokens)
+        saved = contestant.plan_name if contestant.plan is None else ""
+        return a, Side("B", contestant.precision, self.emulate, self.min_tokens, contestant.plan, saved)
 
     def cells(self) -> tuple[Cell, ...]:
         """Every cell; those that share an exact side stand together."""
@@ -149,6 +164,7 @@ class Sweep:
         """What decides the exact side."""
         request = self.request(prompt, seed)
         said = {"version": ID_VERSION, "prompt": prompt, "seed": seed, "size": str(self.size), "steps": self.steps}
+        said["negative"] = self.negative
         return {**said, "cfg": float(self.cfg), "shift": request.shift, "repeats": self.repeats, "engine": self.engine}
 
     def to_data(self) -> dict[str, Any]:
@@ -157,12 +173,17 @@ class Sweep:
             "name": self.name,
             "prompts": list(self.prompts),
             "seeds": list(self.seeds),
-            "precisions": [c.precision.value for c in self.contestants if not c.plan],
-            "plans": [{"name": c.plan_name, "plan": json.loads(c.plan.to_json())} for c in self.contestants if c.plan],
+            "precisions": [c.precision.value for c in self.contestants if not c.plan_name],
+            "plans": [
+                {"name": c.plan_name, "plan": json.loads(c.plan.to_json())} if c.plan else c.plan_name
+                for c in self.contestants
+                if c.plan_name
+            ],
             "size": str(self.size),
             "steps": self.steps,
             "cfg": self.cfg,
             "shift": self.shift,
+            "negative": self.negative,
             "repeats": self.repeats,
             "min_tokens": self.min_tokens,
             "emulate": self.emulate,
@@ -223,7 +244,7 @@ def parse(data: Any, folder: Path | None = None) -> Sweep:
         "contestants": tuple(contestants),
     }
     kinds: dict[str, Any] = {"steps": int, "repeats": int, "min_tokens": int, "emulate": bool, "cfg": float, "shift": float}
-    kinds |= {"name": str, "engine": str}
+    kinds |= {"name": str, "engine": str, "negative": str}
     for key, kind in kinds.items():
         if data.get(key) is not None:
             given[key] = _is(data[key], kind, key)
@@ -235,8 +256,11 @@ def parse(data: Any, folder: Path | None = None) -> Sweep:
 
 
 def _plan(said: Any, folder: Path | None) -> Contestant:
+    plan: LayerPlan | None
     if isinstance(said, dict) and set(said) == {"name", "plan"}:
         name, plan = _is(said["name"], str, "plans"), LayerPlan.from_json(json.dumps(said["plan"]))
+    elif isinstance(said, str) and not said.endswith(PLAN_SUFFIX):  # saved on a server
+        name, plan = said, None
     elif isinstance(said, str):
         if folder is None:
             raise InputError("A plan's file cannot be read from here: put the plan itself into the sweep.")

@@ -10,8 +10,8 @@ import numpy as np
 
 from comfy_sage3.compare.engine import Generation, Inspection
 
-STRENGTH = {"exact": 0, "fp4": 12, "int8": 3, "int8-fast": 5, "auto": 4}
-SECONDS = {"exact": 4.0, "fp4": 1.0, "int8": 2.0, "int8-fast": 1.6, "auto": 2.0}
+STRENGTH = {"exact": 0, "fp4": 12, "int8": 3, "int8-fast": 5, "auto": 4, "plan": 2}
+SECONDS = {"exact": 4.0, "fp4": 1.0, "int8": 2.0, "int8-fast": 1.6, "auto": 2.0, "plan": 1.5}
 
 
 class FakeEngine:
@@ -27,6 +27,7 @@ class FakeEngine:
         self.fails: dict[str, Exception] = {}  # by precision
         self.calls: list[str] = []
         self.closed = False
+        self.on_preview = None
 
     def describe(self):
         return {"engine": self.name, "device": self.device, "dtype": "float32"}
@@ -35,12 +36,12 @@ class FakeEngine:
         self._note("check", "-", request)
 
     def warm_up(self, request, side, on_step):
-        self._note("warm-up", side.precision.value, request)
+        self._note("warm-up", side.wish, request)
         for i in range(min(2, request.steps)):
             on_step(i + 1, 2)
 
     def generate(self, request, side, on_step):
-        precision = side.precision.value
+        precision = side.wish
         self._note("start", precision, request)
         if precision in self.fails:
             raise self.fails[precision]
@@ -67,15 +68,15 @@ class FakeEngine:
         generation.decode_seconds = 0.5
 
     def inspect(self, request, a, b, on_step):
-        self._note("inspect", b.precision.value, request)
+        self._note("inspect", b.wish, request)
         rows = []
         for layer in range(4):
             for kind, k_tokens in (("self", 320), ("cross", 11)):
                 for step in range(request.steps):
-                    size = STRENGTH[b.precision.value] * (1 + layer) * (1 + 0.1 * step) / 400
+                    size = STRENGTH[b.wish] * (1 + layer) * (1 + 0.1 * step) / 400
                     each = {"a": errors(1e-6), "b": errors(size), "floor": errors(2e-6)}
                     rows.append({"layer": layer, "kind": kind, "step": step, "q_tokens": 320, "k_tokens": k_tokens, **each})
-        each = {"a": errors(1e-6), "b": errors(STRENGTH[b.precision.value] / 300), "floor": errors(2e-6)}
+        each = {"a": errors(1e-6), "b": errors(STRENGTH[b.wish] / 300), "floor": errors(2e-6)}
         return Inspection(rows, [{"step": 0, "sigma": 1.0, **each}])
 
     def close(self):
