@@ -91,7 +91,9 @@ def _solve(rising: Any) -> float:
 
 
 def _percent(p: float) -> str:
-    return f"{100 * p:.2g} %" if p < 0.1 else f"{100 * min(p, 0.9999):.4g} %" if p > 0.999 else f"{100 * p:.1f} %"
+    if 0.999 < p < 1:  # never rounded up to certainty
+        return f"{min(100 * p, 99.99):.4g} %"
+    return f"{100 * p:.2g} %" if p < 0.1 else f"{100 * p:.1f} %"
 
 
 class Votes:

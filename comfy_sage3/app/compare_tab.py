@@ -11,6 +11,7 @@ import gradio as gr
 from gradio.context import Context
 
 from ..compare.command import PROMPT
+from ..compare.engine import Engine, Request, WorkflowRequest
 from ..compare.measure import Comparison
 from ..compare.output import enlarged
 from ..compare.tables import side_title
@@ -113,6 +114,8 @@ class CompareTab:
         repeats: float,
         engine: str,
         server: str,
+        workflow: str,
+        uploaded: str | None,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Both sides, streamed: (progress, verdict, player, slider, numbers, tally, run name)."""
@@ -120,13 +123,20 @@ class CompareTab:
         stop = self.stops.take(session)
         same = (gr.skip(),) * 6
         try:
-            asked = form.request(prompt, negative, seed, steps, cfg, size, frames)
             name = form.address(engine, server, self.services)
             served = name != EMBEDDED
             first = form.side("A", a, plan_a, saved_a, served)
             second = form.side("B", b, plan_b, saved_b, served)
             count = form.repeats(repeats, self.services.limits)
-            open_engine = partial(self.services.open_engine, name)
+            given = form.workflow(workflow, uploaded) if served else None
+            open_engine: Callable[[], Engine]
+            if given:
+                asked: Request = WorkflowRequest.of(given)
+                first, second = form.as_given(first, given), form.as_given(second, given)
+                open_engine = partial(self.services.open_workflow, name, given)
+            else:
+                asked = form.request(prompt, negative, seed, steps, cfg, size, frames)
+                open_engine = partial(self.services.open_engine, name)
             failed = ""
             keep = partial(kept.keep, out=self.services.out)
             for told_now in watch(self.services, open_engine, asked, first, second, count, stop, keep):
@@ -219,9 +229,9 @@ class CompareTab:
                 )
                 player = widget("player", elem_id="player")
                 blind = self._blind_parts()
-                numbers = widget("blocks", elem_id="numbers")
             with gr.Column(scale=3, min_width=300):
                 inputs, run_button, stop_button = self._form()
+        numbers = widget("blocks", elem_id="numbers")
         run_name, trial = gr.State(kept.RECORDED), gr.State(None)
         result = [verdict, player, slider, numbers, blind["tally"], run_name]
 
@@ -313,18 +323,27 @@ class CompareTab:
                 interactive=not services.mask_errors,
                 visible=served,
             )
+            workflow = gr.Dropdown(
+                [form.BUNDLED_GRAPH, *form.workflows()],
+                value=form.BUNDLED_GRAPH,
+                label="Workflow (its Sage3 Attention node is set, the rest stays as it is)",
+                visible=served,
+            )
+            uploaded = gr.File(
+                label="Or your own, exported with Export (API)", file_types=[".json"], visible=served, height=110
+            )
 
         def shown(a: str, b: str, engine: str) -> tuple[Any, ...]:
             at_server, planned = engine != EMBEDDED, (a == form.PLANNED, b == form.PLANNED)
             files = [gr.update(visible=wanted and not at_server) for wanted in planned]
             names = [gr.update(visible=wanted and at_server) for wanted in planned]
-            return (*files, *names, gr.update(visible=at_server))
+            return (*files, *names, *[gr.update(visible=at_server)] * 3)
 
         gr.on(
             [a.change, b.change, engine.change],
             shown,
             [a, b, engine],
-            [plan_a, plan_b, saved_a, saved_b, server],
+            [plan_a, plan_b, saved_a, saved_b, server, workflow, uploaded],
             queue=False,
             show_progress="hidden",
             api_visibility="private",
@@ -338,7 +357,7 @@ class CompareTab:
             api_visibility="private",
         )
         inputs = [prompt, negative, seed, steps, cfg, size, frames, a, b, plan_a, plan_b, saved_a, saved_b]
-        return [*inputs, repeats, engine, server], run_button, stop_button
+        return [*inputs, repeats, engine, server, workflow, uploaded], run_button, stop_button
 
     def _blind_parts(self) -> dict[str, Any]:
         with gr.Accordion("Blind test: can you tell which is which?", open=False, elem_id="blind"):

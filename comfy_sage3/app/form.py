@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..compare.engine import PLANNED, Request, Side
+from ..compare.given import MOST_BYTES, Given, read_text
 from ..compare.sides import read_plan
 from ..demo.prompts import MAX_PROMPT_CHARACTERS
 from ..demo.sizes import Size
@@ -26,6 +28,8 @@ CHOICES = {
     "auto": "auto: the fastest here",
     PLANNED: "plan: a saved plan, layer by layer",
 }
+WORKFLOWS = Path(__file__).parents[2] / "workflows" / "api"  # in a checkout; a wheel has none
+BUNDLED_GRAPH = "the bundled model, as above"
 _SIZE = re.compile(r"(\d{1,5})\s*[x×*]\s*(\d{1,5})")
 LONGEST = 200
 
@@ -58,6 +62,46 @@ def side(label: str, wish: Any, plan: Any, saved: Any, server: bool) -> Side:
     if not plan:
         raise InputError(f"Side {label} has no plan: upload the .json file that Sage3 Precision Plan saved.")
     return Side(label, Precision.AUTO, table=read_plan(Path(_text(f"plan of {label}", plan, 4096))))
+
+
+def workflows() -> list[str]:
+    """Names of the workflows that come with the pack and draw one picture or video."""
+    found = []
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        try:
+            read_text(path.stem, path.read_text("utf-8"))
+        except (InputError, OSError, UnicodeDecodeError):  # those that draw both sides themselves, for instance
+            continue
+        found.append(path.stem)
+    return found
+
+
+def workflow(chosen: Any, uploaded: Any) -> Given | None:
+    """The uploaded workflow, else the chosen one of the pack's; None for the bundled model's own graph."""
+    if uploaded:
+        path = Path(_text("workflow", uploaded, 4096))
+        name = path.name[:60]
+    else:
+        name = _text("workflow", chosen, LONGEST)
+        if name in ("", BUNDLED_GRAPH):
+            return None
+        if name not in workflows():
+            raise InputError(f"There is no workflow {name[:60]!r} here: choose one of the list, or upload yours.")
+        path = WORKFLOWS / f"{name}.json"
+    try:
+        with path.open(encoding="utf-8") as file:
+            return read_text(name, file.read(MOST_BYTES + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The workflow {name} cannot be read ({type(error).__name__}): upload it again.") from None
+
+
+def as_given(side: Side, given: Given) -> Side:
+    """``side`` with what the workflow's own node says, which is left as it is."""
+    settings = given.settings()
+    least = settings.get("min_tokens")
+    return replace(
+        side, emulate=settings.get("emulate") is True, min_tokens=least if type(least) is int and least >= 0 else 0
+    )
 
 
 def repeats(value: Any, limits: Limits) -> int:

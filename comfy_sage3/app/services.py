@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..compare.engine import Engine
+from ..compare.given import Given
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def open_engine(name: str) -> Engine:
     return ComfyUIEngine(name)
 
 
+def open_workflow(name: str, given: Given) -> Engine:
+    """A workflow on the ComfyUI server at an address. Raises as ``open_engine``."""
+    from ..compare.comfyui_engine import ComfyUIEngine
+
+    return ComfyUIEngine(name, given)
+
+
 @dataclass
 class Services:
     """One app's services.
@@ -54,7 +62,7 @@ class Services:
         out: the folder of all runs, each a folder of its own as ``compare.output.write`` makes it.
         engine: what the app was started with, ``embedded`` or a ComfyUI server's address.
         mask_errors: whether visitors are told only the errors that are meant for them (a public address).
-        open_engine: makes an engine by name or address; tests put a stand-in here.
+        open_engine, open_workflow: make an engine by name or address; tests put a stand-in here.
         gpu: held by whoever runs a model; events share ``concurrency_id=GPU`` as well, so few ever wait for it.
     """
 
@@ -63,6 +71,7 @@ class Services:
     mask_errors: bool = False
     limits: Limits = field(default_factory=Limits)
     open_engine: Callable[[str], Engine] = open_engine
+    open_workflow: Callable[[str, Given], Engine] = open_workflow
     gpu: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The ComfyUI engine: the bundled model on a running server, over HTTP and its event stream.
+"""The ComfyUI engine: the bundled model, or a workflow of the user's own, on a running server.
 
 Both sides are the same prompt graph; only the settings of the Sage3 Attention node differ. What the node did
 is read from the data that Sage3 Report leaves in the server's history. Tensors never leave the server, so
@@ -18,13 +18,16 @@ from PIL import Image
 
 from ..demo.load import TRANSFORMER_FILE, VAE_FILE
 from ..demo.prompts import parse
-from ..errors import EngineError
+from ..errors import EngineError, InputError
 from ..precision import Precision
 from ..report import ReportLine
 from ..workflow import ComfyClient
 from .engine import Generation, Inspection, OnPreview, OnStep, Request, Side
+from .given import LOAD_PLAN, Given
 
 Graph = dict[str, dict[str, Any]]
+MOST_PIXELS = 2**26  # of a preview: more is no preview
+SHORT_STEPS = 2  # of a warm-up
 ATTENTION, SAMPLER, REPORT, DECODE, FRAMES = "attention", "sampler", "report", "decode", "frames"
 NEEDED_NODES = (
     "Sage3Attention",
@@ -49,13 +52,20 @@ class Event:
 
 
 class ComfyUIEngine:
-    """The bundled model on the ComfyUI server at ``url``. Raises EngineError when it cannot be reached."""
+    """The bundled model, or ``given``, on the ComfyUI server at ``url``. Raises EngineError when it cannot be reached.
+
+    The steps' times include the server's own previews where they are wanted, on both sides alike.
+    """
 
     name = "comfyui"
     floor_method = "two runs of the server's own exact attention: it does not offer a second exact kernel"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, given: Given | None = None) -> None:
         self._client = ComfyClient(url)
+        self._given = given
+        self._samplers = given.samplers if given else (SAMPLER,)
+        self._reports = given.reports if given else (REPORT,)
+        self._decoder = given.pictures if given else DECODE
         self._runs = 0
         self.on_preview: OnPreview | None = None
         try:
@@ -71,7 +81,7 @@ class ComfyUIEngine:
             "engine": self.name,
             "server": self._client.url,
             "device": str(devices[0].get("name", "unknown")),
-            "model": "bundled Wan 2.1 (8.0 M parameters)",
+            "model": f"that of {self._given.name}" if self._given else "bundled Wan 2.1 (8.0 M parameters)",
             "comfyui": str(system.get("comfyui_version", "unknown")),
             "torch": str(system.get("pytorch_version", "unknown")),
             "python": str(system.get("python_version", "unknown")).split(" ")[0],
@@ -79,23 +89,31 @@ class ComfyUIEngine:
         }
 
     def check(self, request: Request, sides: Sequence[Side]) -> None:
-        parse(request.prompt)
-        parse(request.negative)
-        for node in NEEDED_NODES:
+        if any(side.table for side in sides):
+            raise InputError("A ComfyUI server has its own plans: choose one that is saved there.")
+        needed: tuple[str, ...] = NEEDED_NODES
+        if self._given:
+            needed = tuple(dict.fromkeys(node["class_type"] for node in self._given.graph.values()))
+        else:
+            parse(request.prompt)
+            parse(request.negative)
+        for node in (*needed, *([LOAD_PLAN] if any(side.saved for side in sides) else [])):
             if node not in self._client.object_info(node):
                 raise EngineError(
                     f"The ComfyUI server at {self._client.url} has no node {node}: put this pack into its "
                     "custom_nodes folder and restart it."
+                    if node.startswith("Sage3")
+                    else f"The ComfyUI server at {self._client.url} has no node {node}: update it, or leave that node out."
                 )
 
     def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
-        self._run(self._fresh(request.for_warm_up(), side), on_step)
+        self._run(self._fresh(request, side, short=True), on_step)
 
     def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
         graph = self._fresh(request, side)
         entry, events = self._run(graph, on_step)
-        total, steps = sampling_times(events, entry)
-        return Generation(total, steps, read_report(entry), handle=graph)
+        total, steps = sampling_times(events, entry, self._samplers)
+        return Generation(total, steps, read_report(entry, self._reports), handle=graph)
 
     def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:
         return self.generate(request, Side("exact", Precision.EXACT), on_step)
@@ -104,16 +122,19 @@ class ComfyUIEngine:
         if generation.video is not None:
             return
         graph: Graph = dict(generation.handle)
-        graph["vae"] = _node("VAELoader", vae_name=VAE_FILE)
-        graph[DECODE] = _node("VAEDecode", samples=[SAMPLER, 0], vae=["vae", 0])
-        graph[FRAMES] = _node("PreviewImage", images=[DECODE, 0])  # lossless, in the temporary folder
+        if self._given:
+            graph |= {key: node for key, node in self._given.part((self._decoder,)).items() if key not in graph}
+        else:
+            graph["vae"] = _node("VAELoader", vae_name=VAE_FILE)
+            graph[DECODE] = _node("VAEDecode", samples=[SAMPLER, 0], vae=["vae", 0])
+        graph[FRAMES] = _node("PreviewImage", images=[self._decoder, 0])  # lossless, in the temporary folder
         entry, events = self._run(graph, lambda done, steps: None)
         files = [f for f in self._client.files(entry) if f.node == FRAMES]
         if not files:
             raise EngineError("The ComfyUI server saved no frames: look into its log.")
         frames = [np.asarray(Image.open(io.BytesIO(self._client.download(f))).convert("RGB")) for f in files]
         generation.video = np.stack(frames)
-        generation.decode_seconds = node_seconds(events, DECODE)
+        generation.decode_seconds = node_seconds(events, self._decoder)
         generation.handle = None
 
     def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection | None:
@@ -122,10 +143,25 @@ class ComfyUIEngine:
     def close(self) -> None:
         self._client.close()
 
-    def _fresh(self, request: Request, side: Side) -> Graph:
-        """A graph no earlier run of ours asked for, that does the same."""
+    def _fresh(self, request: Request, side: Side, short: bool = False) -> Graph:
+        """A graph no earlier run of ours asked for, that does the same; ``short``: in as few steps as touch every kernel."""
         self._runs += 1
-        return prompt_graph(request, side, end_percent=1 - FRESH * self._runs)
+        if self._given:
+            return given_graph(self._given, side, FRESH * self._runs, short)
+        return prompt_graph(request.for_warm_up() if short else request, side, end_percent=1 - FRESH * self._runs)
+
+    def _show(self, picture: bytes) -> None:
+        """Hand on a preview that the server sent, unless it is none."""
+        if self.on_preview is None:
+            return
+        try:
+            with Image.open(io.BytesIO(picture), formats=("JPEG", "PNG", "WEBP")) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    return
+                frame = np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return
+        self.on_preview(frame)
 
     def _run(self, graph: Graph, on_step: OnStep) -> tuple[dict[str, Any], list[Event]]:
         """Run ``graph``: its history entry and its events. Cancelled on the server when stopped here."""
@@ -133,12 +169,13 @@ class ComfyUIEngine:
 
         def heard(node: str, value: float, maximum: float) -> None:
             events.append(Event(time.monotonic(), node, value, maximum))
-            if node == SAMPLER and maximum:
+            if node in self._samplers and maximum:
                 on_step(round(value), round(maximum))
 
-        prompt_id = self._client.submit(graph)
+        wanted = self._show if self.on_preview else None
+        prompt_id = self._client.submit(graph, previews=wanted is not None)
         try:
-            entry = self._client.wait(prompt_id, heard)
+            entry = self._client.wait(prompt_id, heard, on_picture=wanted)
         except BaseException:
             self._client.cancel(prompt_id)
             raise
@@ -148,7 +185,7 @@ class ComfyUIEngine:
 def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Graph:
     """The request in ComfyUI's API format, up to the report after the sampler."""
     size = request.size
-    return {
+    graph = {
         "model": _node("UNETLoader", unet_name=TRANSFORMER_FILE, weight_dtype="default"),
         "shift": _node("ModelSamplingSD3", model=["model", 0], shift=request.shift),
         ATTENTION: _node(
@@ -180,27 +217,64 @@ def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Grap
         ),
         REPORT: _node("Sage3Report", model=[ATTENTION, 0], latent=[SAMPLER, 0]),
     }
+    if side.saved:
+        _plan(graph, ATTENTION, side.saved)
+    return graph
+
+
+def given_graph(given: Given, side: Side, less: float, short: bool = False) -> Graph:
+    """The given workflow up to its reports, its Sage3 Attention nodes set to ``side``'s precision or plan.
+
+    ``less`` of the schedule's very end is left out (see FRESH). ``short`` cuts plain samplers down to a warm-up.
+    """
+    graph = given.part((*given.reports, *given.samplers))
+    for key in given.attention:
+        if key not in graph:
+            continue
+        inputs = graph[key]["inputs"]
+        inputs["precision"] = side.precision.value
+        inputs["end_percent"] = max(float(inputs.get("start_percent") or 0.0), inputs.get("end_percent", 1.0) - less)
+        inputs.pop("plan", None)
+        if side.saved:
+            _plan(graph, key, side.saved)
+    for key in given.samplers if short else ():
+        steps = graph[key]["inputs"].get("steps")
+        if graph[key]["class_type"] == "KSampler" and isinstance(steps, int):
+            graph[key]["inputs"]["steps"] = min(steps, SHORT_STEPS)
+    return graph
+
+
+def _plan(graph: Graph, attention: str, name: str) -> None:
+    """Let the attention node take the plan that is saved on the server under ``name``."""
+    inputs = graph[attention]["inputs"]
+    graph[f"{attention}-plan"] = _node(LOAD_PLAN, model=inputs["model"], plan_name=name)
+    inputs["plan"] = [f"{attention}-plan", 0]
 
 
 def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def sampling_times(events: Sequence[Event], entry: dict[str, Any]) -> tuple[float, list[float]]:
-    """Seconds of the sampler node, and of each of its steps, from the moments its events arrived.
+def sampling_times(
+    events: Sequence[Event], entry: dict[str, Any], samplers: Sequence[str] = (SAMPLER,)
+) -> tuple[float, list[float]]:
+    """Seconds of the sampler nodes, and of each of their steps, from the moments their events arrived.
 
     Where no event was heard, the server's own times of the whole prompt stand in and there are no steps.
     Raises EngineError when the sampler did not run at all: an answer from the server's cache cannot be timed.
     """
     messages = {kind: data for kind, data in entry.get("status", {}).get("messages", ())}
-    if SAMPLER in messages.get("execution_cached", {}).get("nodes", ()):
+    if set(samplers) & set(messages.get("execution_cached", {}).get("nodes", ())):
         raise EngineError(
             "The ComfyUI server answered from its cache: restart it and run the comparison again."
         )
-    total = node_seconds(events, SAMPLER)
-    if total is not None:
-        moments = [e.at for e in events if e.node == SAMPLER]  # the first is its beginning
-        return total, [y - x for x, y in zip(moments, moments[1:], strict=False)]
+    totals = [seconds for node in samplers if (seconds := node_seconds(events, node)) is not None]
+    if totals:
+        steps: list[float] = []
+        for node in samplers:
+            moments = [e.at for e in events if e.node == node]  # the first is its beginning
+            steps += [y - x for x, y in zip(moments, moments[1:], strict=False)]
+        return sum(totals), steps
     try:
         start, end = (messages[k]["timestamp"] for k in ("execution_start", "execution_success"))
     except KeyError:
@@ -219,13 +293,14 @@ def node_seconds(events: Sequence[Event], node: str) -> float | None:
     return end.at - events[start].at
 
 
-def read_report(entry: dict[str, Any]) -> list[ReportLine]:
+def read_report(entry: dict[str, Any], reports: Sequence[str] = (REPORT,)) -> list[ReportLine]:
     """The report lines of a history entry, as Sage3 Report gives them to scripts.
 
     Raises EngineError for an entry without them, which an older version of this pack on the server leaves.
     """
-    lines = entry.get("outputs", {}).get(REPORT, {}).get("sage3")
-    if not isinstance(lines, list) or not all(_is_line(line) for line in lines):
+    found = [entry.get("outputs", {}).get(node, {}).get("sage3") for node in reports]
+    lines = [line for part in found if isinstance(part, list) for line in part]
+    if not all(isinstance(part, list) for part in found) or not all(_is_line(line) for line in lines):
         raise EngineError(
             "The server's Sage3 Report does not say what ran as data: update this pack there and restart it."
         )

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     check_out(out)
-    with _terminable():
+    with terminable():
         engine = _engine(args)
         bar = Bar(sys.stderr)
         try:
@@ -145,7 +145,7 @@ class Bar:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM as KeyboardInterrupt, so that a stopped run cleans up like an interrupted one."""
 
     def interrupt(*_: Any) -> None:

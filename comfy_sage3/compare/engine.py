@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from ..errors import InputError
 from ..plan.plan import LayerPlan
 from ..precision import Precision, PrecisionPlan
 from ..report import ReportLine
+from .given import Given
+
+if TYPE_CHECKING:
+    from ..demo.prompts import Scene
 
 EMULATED_NOTE = "emulated: quality is real, speed is not"
 EMULATED_SUFFIX = "-emulated"  # how the door names a kernel that is the plain-PyTorch reference
@@ -64,9 +68,52 @@ class Request:
                 "pixels, frames or steps (832x480x81 at 50 steps is the most)."
             )
 
+    @property
+    def scene(self) -> Scene | None:
+        """What the prompt describes, to look for in the video; raises InputError for words that are not known."""
+        from ..demo.prompts import parse  # brings torch, which bad input need not wait for
+
+        return parse(self.prompt)
+
+    def data(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """For the record, with the ``shape`` (T, H, W, 3) that the video came out in."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "width": shape[2],
+            "height": shape[1],
+            "frames": shape[0],
+            "tokens": self.size.tokens,
+            "steps": self.steps,
+            "cfg": self.cfg,
+            "negative": self.negative,
+            "shift": self.shift,
+        }
+
     def for_warm_up(self) -> Request:
         """The same video in as few steps as touch every kernel."""
         return replace(self, steps=min(self.steps, WARM_UP_STEPS))
+
+
+@dataclass(frozen=True)
+class WorkflowRequest(Request):
+    """What a workflow of the user's own makes: it has its own prompt, size and bounds. Make it with ``of``."""
+
+    given: Given | None = None
+
+    def __post_init__(self) -> None:
+        """Nothing: ``given.read`` has looked at all of it."""
+
+    @classmethod
+    def of(cls, given: Given) -> WorkflowRequest:
+        return cls(given.prompt, Size(16, 16, 1), given.seed, given.steps, given.cfg, given=given)
+
+    @property
+    def scene(self) -> None:
+        """No one knows what another model's prompt is to look like."""
+
+    def data(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return super().data(shape) | {"tokens": None, "shift": None, "workflow": self.given.name if self.given else ""}
 
 
 def _bounded(name: str, value: float, low: float, high: float) -> None:

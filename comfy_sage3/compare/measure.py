@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..demo.prompts import parse
 from ..demo.score import adherence
 from ..errors import EngineError, InputError
 from ..metrics import SSIM_CONVENTION, flicker, motion_energy, psnr, ssim, worst_frame
@@ -96,7 +95,7 @@ def compare(
     if not 1 <= repeats <= MAX_REPEATS:
         raise InputError(f"The number of repeats is {repeats}: give 1 to {MAX_REPEATS}.")
     engine.check(request, (a, b))
-    scene = parse(request.prompt)
+    scene = request.scene
     exact_runs = 1 if Precision.EXACT in (a.precision, b.precision) else 2
     progress = Progress(request.steps, repeats, exact_runs, on_progress or (lambda fraction, doing: None))
 
@@ -117,7 +116,7 @@ def compare(
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "request": request_data(request),
+        "request": request.data(videos["a"].shape),
         "environment": engine.describe(),
         "sides": {"a": side_data(a, runs["a"]), "b": side_data(b, runs["b"])},
     }
@@ -130,8 +129,10 @@ def compare(
         "replay": replay_data(inspection, {"a": a, "b": b}),
         "one_step": one_step_data(inspection),
         "end_to_end": end_to_end(videos["a"], videos["b"], floor),
-        "adherence": {key: adherence(as_signed(video), scene) for key, video in videos.items()}
-        | {"noise_floor": adherence(as_signed(floor[1]), scene)},
+        "adherence": {
+            key: adherence(as_signed(video), scene) if scene else {}
+            for key, video in (*videos.items(), ("noise_floor", floor[1]))
+        },
     }
     return Comparison(json_safe(metrics), videos)
 
@@ -181,22 +182,6 @@ def _video(generation: Generation) -> np.ndarray:
 def as_signed(video: np.ndarray) -> torch.Tensor:
     """uint8 (T, H, W, 3) as float32 (3, T, H, W) in [-1, 1], the demo's own range."""
     return torch.from_numpy(video).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def request_data(request: Request) -> dict[str, Any]:
-    size = request.size
-    return {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "width": size.width,
-        "height": size.height,
-        "frames": size.frames,
-        "tokens": size.tokens,
-        "steps": request.steps,
-        "cfg": request.cfg,
-        "negative": request.negative,
-        "shift": request.shift,
-    }
 
 
 def side_data(side: Side, runs: Sequence[Generation]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _request(m: dict[str, Any]) -> str:
     chips = (
         f"seed {r['seed']}",
         f"{r['width']} × {r['height']} px, {r['frames']} frames",
-        f"{r['tokens']:,} tokens",
+        *([f"{r['tokens']:,} tokens"] if r["tokens"] else []),
         f"{r['steps']} steps",
         f"cfg {r['cfg']:g}",
         e["device"],

@@ -139,7 +139,8 @@ def _moving(name: str, values: dict[str, float | None]) -> Row:
 
 def adherence_row(m: dict[str, Any]) -> Row:
     counts = adherence_counts(m)
-    return Row("prompt followed", *(f"{x} of {n}" for x, n in (counts[k] for k in ("a", "b", "noise_floor"))))
+    known = (counts[k] for k in ("a", "b", "noise_floor"))
+    return Row("prompt followed", *(f"{x} of {n}" if n else NOT_MEASURED for x, n in known))
 
 
 def adherence_rows(m: dict[str, Any]) -> list[Row]:
@@ -188,6 +189,9 @@ def side_title(side: dict[str, Any]) -> str:
 def command(m: dict[str, Any]) -> str:
     """The command that makes this comparison again."""
     r, a, b = m["request"], m["sides"]["a"], m["sides"]["b"]
+    if r.get("workflow"):
+        server = shlex.quote(m["environment"]["server"])
+        return f"python gradio_app.py --engine {server}  # then the workflow {r['workflow']}"
     words = ["python", "-m", "comfy_sage3", "compare", "--prompt", r["prompt"], "--a", a["precision"]]
     words += [
         "--b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +21,10 @@ from .websocket import WebSocket
 
 OnProgress = Callable[[str, float, float], None]
 """(node id, steps done, steps in all); 0 of 0 says that the node has begun."""
+OnPicture = Callable[[bytes], None]
+"""Called with a preview as an encoded picture."""
 POLL_SECONDS = 0.5
+_PICTURE, _PICTURE_WITH_DATA = 1, 4  # kinds of the server's binary messages
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,18 @@ class ComfyClient:
         """The server's node definitions, or that of one node; {} for a node it does not have."""
         return self._json("/object_info" if node is None else f"/object_info/{node}")
 
-    def submit(self, workflow: Workflow) -> str:
-        """Queue ``workflow`` and return its prompt id. Raises EngineError with what the server objects to."""
+    def submit(self, workflow: Workflow, previews: bool = False) -> str:
+        """Queue ``workflow`` and return its prompt id. Raises EngineError with what the server objects to.
+
+        ``previews`` asks for pictures while it samples (servers before ComfyUI 0.3.70 go by their own setting).
+        """
         with contextlib.suppress(
             OSError
         ):  # events only add progress; without them wait() asks from time to time
             self._listen()
-        body = {"prompt": workflow, "client_id": self.client_id}
+        body: dict[str, Any] = {"prompt": workflow, "client_id": self.client_id}
+        if previews:
+            body["extra_data"] = {"preview_method": "auto"}
         try:
             with self._open("/prompt", json.dumps(body).encode()) as answer:
                 accepted = json.load(answer)
@@ -91,9 +100,13 @@ class ComfyClient:
         return prompt_id
 
     def wait(
-        self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float | None = None
+        self,
+        prompt_id: str,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        on_picture: OnPicture | None = None,
     ) -> dict[str, Any]:
-        """The history entry of ``prompt_id`` once it has finished.
+        """The history entry of ``prompt_id`` once it has finished; ``on_picture`` gets each preview.
 
         Raises EngineError with the failing node's own message, or after ``timeout`` seconds, when the prompt
         is cancelled.
@@ -108,7 +121,7 @@ class ComfyClient:
                 raise EngineError(
                     f"The workflow did not finish within {timeout:g} s and was cancelled: allow it more time."
                 )
-            self._follow(prompt_id, on_progress, POLL_SECONDS)
+            self._follow(prompt_id, on_progress, POLL_SECONDS, on_picture)
             if entry is None and not self._queued(prompt_id) and self.history(prompt_id) is None:
                 raise EngineError(
                     "The server no longer knows the workflow: it was restarted or its history was cleared."
@@ -153,17 +166,23 @@ class ComfyClient:
             )
         return self._events
 
-    def _follow(self, prompt_id: str, on_progress: OnProgress | None, seconds: float) -> None:
+    def _follow(
+        self, prompt_id: str, on_progress: OnProgress | None, seconds: float, on_picture: OnPicture | None = None
+    ) -> None:
         """Handle events for ``seconds``, or until one says that the prompt is done."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             try:
-                message = self._listen().read_text(left)
+                message = self._listen().read(left)
             except OSError:
                 self.close()
                 time.sleep(left)
                 return
-            if message is not None and _ends(message, prompt_id, on_progress):
+            if isinstance(message, bytes):
+                picture = _picture(message)
+                if on_picture is not None and picture:
+                    on_picture(picture)
+            elif message is not None and _ends(message, prompt_id, on_progress):
                 return
 
     def _queued(self, prompt_id: str) -> bool:
@@ -204,6 +223,16 @@ class ComfyClient:
             raise EngineError(
                 f"No ComfyUI server can be reached at {self.url} ({reason}): start it, or check the address."
             ) from None
+
+
+def _picture(message: bytes) -> bytes:
+    """The encoded picture in a binary message; empty where there is none."""
+    if len(message) < 8:
+        return b""
+    kind, second = struct.unpack(">II", message[:8])  # then the picture's format, or the length of what is said of it
+    if kind == _PICTURE:
+        return message[8:]
+    return message[8 + second :] if kind == _PICTURE_WITH_DATA else b""
 
 
 def _ends(message: str, prompt_id: str, on_progress: OnProgress | None) -> bool:

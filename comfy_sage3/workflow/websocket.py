@@ -30,8 +30,8 @@ class WebSocket:
             self._socket.close()
             raise
 
-    def read_text(self, timeout: float) -> str | None:
-        """The next text message, or None when none begins within ``timeout`` seconds; others are dropped."""
+    def read(self, timeout: float) -> str | bytes | None:
+        """The next message, text or binary, or None when none begins within ``timeout`` seconds."""
         message, kind = b"", 0
         while True:
             if not message and not self._waiting(timeout):
@@ -44,9 +44,7 @@ class WebSocket:
             elif opcode < _CLOSE:
                 kind, message = opcode or kind, message + payload
                 if final:
-                    if kind == _TEXT:
-                        return message.decode("utf-8", "replace")
-                    message, kind = b"", 0
+                    return message.decode("utf-8", "replace") if kind == _TEXT else message
 
     def close(self) -> None:
         """Close without ceremony; the server treats that as leaving."""
