@@ -53,16 +53,17 @@ def test_four_scales_gain_most_of_what_nine_do(tables):
 
 
 def rows_of(text):
-    """Every row of every Markdown table: its label, and its numbers where it has some."""
+    """Every row of every table of these three columns: its label and its numbers. Other tables are not the command's."""
     rows = {}
-    title = ""
-    for line in text.splitlines():
+    title = None
+    lines = text.splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
         if not line.startswith("|") or line.startswith("| ---"):
             continue
         label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        if cells == ["cosine", "relative L1", "RMSE"]:
-            title = label
-        else:
+        if after.startswith("| ---"):
+            title = label if cells == ["cosine", "relative L1", "RMSE"] else None
+        elif title is not None:
             rows[title, label] = [float(c.removesuffix("%")) for c in cells]
     return rows
 
