@@ -10,7 +10,7 @@ from .errors import Sage3Error
 
 COMMANDS = {
     "doctor": ("comfy_sage3.doctor", "what this machine can run, and why"),
-    "compare": ("comfy_sage3.compare.command", "the same prompt and seed through two attention kernels"),
+    "compare": ("comfy_sage3.study.command", "the same prompt and seed through two attention kernels, or a sweep of many"),
     "run": ("comfy_sage3.workflow", "run a ComfyUI workflow headless"),
     "build": ("comfy_sage3.kernels.build_command", "compile the CUDA kernels now, or make a wheel with them inside"),
     "sass": ("comfy_sage3.kernels.sass", "registers, spills and loops of every kernel, without a GPU"),

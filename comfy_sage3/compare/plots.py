@@ -68,15 +68,15 @@ def error_plot(m: dict[str, Any], theme: str = "light") -> bytes | None:
     return _png(figure)
 
 
-def _figure(theme: str, size: tuple[float, float], panels: int = 1) -> tuple[Any, Any]:
+def _figure(theme: str, size: tuple[float, float], panels: int = 1, rows: int = 1) -> tuple[Any, Any]:
     # The object interface with its own canvas: pyplot would choose a window system and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=130, facecolor=PAPER[theme], layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    for ax in np.atleast_1d(axes):
+    axes = figure.subplots(rows, panels)
+    for ax in np.atleast_1d(axes).flat:
         ax.set_facecolor(PAPER[theme])
         ax.tick_params(colors=INK[theme], labelsize=8)
         for label in (ax.xaxis.label, ax.yaxis.label):
