@@ -213,6 +213,20 @@ def test_rows_that_may_attend_nothing_are_zero_with_zero_gradient(precision, kin
         assert dq[:, :, dead].abs().sum() == 0
 
 
+@pytest.mark.parametrize("precision", ["exact", "int8", "int8-fast", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # fp16's -65504 leaves the scores their differences
+def test_a_row_of_the_lowest_number_attends_everything_alike_and_one_of_minus_infinity_nothing(precision, dtype):
+    """Models fill their masks with -finfo.max: a padding token's row is all of it, and still has a mean."""
+    q, k, v = qkv(b=1, h=1, hkv=1, dtype=dtype)
+    mask = torch.zeros(1, 1, 33, 33, dtype=dtype)
+    mask[..., 3, :] = torch.finfo(dtype).min
+    mask[..., 5, :] = -torch.inf
+    out = attention(q, k, v, mask=mask, precision=precision, emulate=True)[0, 0].float()
+    mean = v[0, 0].float().mean(0)
+    assert (out[3] - mean).norm() < 0.2 * mean.norm()
+    assert (out[5] == 0).all()
+
+
 def test_a_mask_of_another_float_dtype_is_taken_in_the_inputs_own():
     q, k, v = qkv(dtype=torch.bfloat16)
     bias = randn(33, 33)

@@ -63,6 +63,8 @@ class HookCall:
             raise NotServed("scale is not a plain number")
 
         dims = 4 if skip_reshape else 3
+        if not skip_reshape:  # SD3 hands over q and k flat and v split into heads
+            q, k, v = (t.flatten(2) if t.ndim == 4 else t for t in (q, k, v))
         if not q.ndim == k.ndim == v.ndim == dims:
             raise NotServed(
                 f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions where {dims} are expected"

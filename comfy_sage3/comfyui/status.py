@@ -15,7 +15,7 @@ NEVER_CALLED = (
     "0 attention calls seen: this model never called ComfyUI's attention hook, so nothing was accelerated. "
     "Its own code, or another node's patch, computes attention elsewhere."
 )
-NO_LAYERS = "This model does not say which layer calls: exact_layers and plans do not apply to it."
+NO_LAYERS = "This model does not say which layer calls: exact_layers cannot tell them apart, and a plan treats them alike."
 REPLACED = "Another node put its own attention in this one's place; it was put back, and serves what this node leaves."
 log = logging.getLogger("comfy_sage3")
 _last_sent: dict[str, float] = {}

@@ -127,6 +127,14 @@ def _emulate(
     return out.contiguous(), lse.contiguous()
 
 
+def _within_range(mask: Tensor | None) -> Tensor | None:
+    """A mask of about -finfo.max, in the units of the 4-bit kernel's exponents, would be -inf, and a row of it attend nothing
+    in place of everything alike. From -1e30 on no score makes a difference any more."""
+    if mask is None or mask.dtype in (torch.bool, torch.float16):
+        return mask
+    return torch.where(mask.isneginf(), mask, mask.clamp(min=-1e30))
+
+
 @_op("fp4_attention")
 def fp4_attention(
     q: Tensor,
@@ -138,7 +146,7 @@ def fp4_attention(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention (NVFP4, SageAttention3), emulated -> (out, lse)."""
-    return _emulate(reference.fp4_attention, reference.OUR_FP4, q, k, v, mask, is_causal, scale, note)
+    return _emulate(reference.fp4_attention, reference.OUR_FP4, q, k, v, _within_range(mask), is_causal, scale, note)
 
 
 @_op("int8_attention")
@@ -210,6 +218,7 @@ def fp4_attention_compiled(
     note: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention by the built library; all else as ``int8_attention_compiled``. ``kernel`` is "fp4-sm120"."""
+    mask = _within_range(mask)
     out, lse = compiled.operators().fp4_attention(_as_faked(q), k, v, mask, is_causal, scale, return_lse)
     record_note(note)
     return out, lse
@@ -230,7 +239,7 @@ def int8_attention_backward(
     """(dq, dk, dv) of 8-bit attention from the gradient of its output, by the same 8-bit products."""
     with full_precision(q):
         dq, dk, dv = reference.int8_attention_backward(
-            dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale
+            dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
         )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 

@@ -87,6 +87,13 @@ def test_grouped_heads(split_in):
     assert given.report.accelerated == 1
 
 
+def test_q_and_k_flat_and_v_split_as_sd3_has_it():
+    q, k, v = tensors()
+    given = hook()
+    out = standin.attend(flat(q), flat(k), v.transpose(1, 2), H, transformer_options=options(make_override(given)))
+    torch.testing.assert_close(out, flat(attention(q, k, v, precision="int8", emulate=True)), rtol=0, atol=0)
+
+
 def test_non_contiguous_views():
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors())
     given = hook()

@@ -14,6 +14,8 @@ export function verdict(run) {
     if (low.length && run.fell_back) return { word: t("partly active"), colour: DOUBTFUL, why: "" };
     if (low.length) return { word: t("active"), colour: GOOD, why: "" };
     if (run.fell_back) return { word: t("fell back"), colour: BAD, why: "" };
+    if (run.precision === "auto" && run.lines.some((x) => x.reason.startsWith("auto")))
+        return { word: t("not active"), colour: NEUTRAL, why: t("Nothing here is faster than exact attention.") };
     return { word: t("not active"), colour: NEUTRAL, why: t("The node's own settings left every call exact.") };
 }
 

@@ -8,8 +8,6 @@ STEPS = 2
 WITHOUT_LAYERS = ("sd3", "ltxv", "cogvideox")  # as of ComfyUI 0.33
 every_model = pytest.mark.parametrize("name", sorted(MODELS))
 
-V_OF_OTHER_RANK = "SD3 hands over q and k flat and v split into heads, which HookCall.read does not take"
-
 
 def layer(call):
     return f"{call['block_type'] or ''} {call['block_index']}" if call["block_index"] is not None else ""
@@ -33,9 +31,7 @@ def test_the_report_counts_every_call(models, name, wish):
 
 @every_model
 @pytest.mark.parametrize("wish", ["int8", "fp4"])
-def test_every_call_is_served_within_the_precisions_error(models, name, wish, request):
-    if name == "sd3":
-        request.applymarker(pytest.mark.xfail(reason=V_OF_OTHER_RANK, strict=True))
+def test_every_call_is_served_within_the_precisions_error(models, name, wish):
     seen = models(name)[wish]
     assert served(seen["report"], f"{wish}-emulated") == total(seen["report"]), reasons(seen["report"])
     assert all(0 < c["error"] < LARGEST_ERROR[wish] for c in seen["calls"])
@@ -72,10 +68,8 @@ def test_a_layer_can_be_kept_exact(models, name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_LAYERS)
-def test_a_model_that_names_no_layers_is_recognised(models, name, request):
+def test_a_model_that_names_no_layers_is_recognised(models, name):
     """Which layer calls is not known, so all of them stay exact, and the report says why."""
-    if name == "sd3":
-        request.applymarker(pytest.mark.xfail(reason=V_OF_OTHER_RANK, strict=True))
     seen = models(name)["layer"]
     assert seen["apart"] == 0
     assert kept_exact(seen["report"]) == total(seen["report"])
