@@ -79,7 +79,13 @@ class Tally:
 
 
 def _at_least(k: int, n: int, p: float) -> float:
-    return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+    """P(at least k of n) for 0 < p < 1, by logarithms: the coefficients of a thousand votes are no floats."""
+
+    def log_of(i: int) -> float:
+        choices = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+        return choices + i * math.log(p) + (n - i) * math.log1p(-p)
+
+    return math.fsum(math.exp(log_of(i)) for i in range(k, n + 1))
 
 
 def _solve(rising: Any) -> float:

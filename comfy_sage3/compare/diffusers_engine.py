@@ -329,9 +329,9 @@ class _Previews:
     def show(self, latents: Tensor) -> None:
         began = time.monotonic()
         frame = pixels_of(decode(self._engine.vae, latents[:, :, :1]))[0]
-        self._spent += time.monotonic() - began
         if self._tell:
             self._tell(frame)
+        self._spent += time.monotonic() - began
 
 
 def pixels_of(video: Tensor) -> np.ndarray:
