@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..demo.prompts import Scene
 
 EMULATED_NOTE = "emulated: quality is real, speed is not"
-EMULATED_SUFFIX = "-emulated"  # how the door names a kernel that is the plain-PyTorch reference
+EMULATED_SUFFIX = "-emulated"  # how the door names what computes a kernel's numbers without its speed
 
 MAX_STEPS = 100
 MAX_SIDE = 1280
@@ -259,7 +259,7 @@ class Engine(Protocol):
 
 
 def is_emulated(report: Sequence[ReportLine]) -> bool:
-    """Whether any call of a run was served by the plain-PyTorch reference in place of a kernel."""
+    """Whether any call of a run was emulated: by the plain-PyTorch reference, or by another GPU's kernel."""
     return any(line["kernel"].endswith(EMULATED_SUFFIX) for line in report)
 
 
