@@ -52,7 +52,7 @@ def make(standin, request_, monkeypatch):
     def page(precision: Precision = Precision.FP4, prompt: str | None = None, reason: str | None = None):
         request = request_
         if prompt is not None:  # an engine of another model may take any text
-            monkeypatch.setattr(measure, "parse", lambda _: Scene())
+            monkeypatch.setattr("comfy_sage3.demo.prompts.parse", lambda _: Scene())
             request = dataclasses.replace(request_, prompt=prompt)
         c = measure.compare(standin, request, Side("A", Precision.EXACT), Side("B", precision), repeats=1)
         if reason is not None:
