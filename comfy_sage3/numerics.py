@@ -11,13 +11,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import training_numerics
+from .error_tables import Row, Table, average, markdown
 from .errors import InputError
 from .metrics import attention_error
 from .reference import (
@@ -38,25 +40,6 @@ SHARPNESS = (1.5, 1.0, 0.7, 0.25)
 SINKS = (0.0, 0.0, 8.0, 9.0)
 """Per head, by how much the scores of the two sink tokens exceed the others (0: no sink)."""
 RANK = 24
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: errors against exact attention, averaged over the seeds."""
-
-    label: str
-    cosine: float
-    relative_l1: float
-    rmse: float
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled list of rows. ``key`` names it in the JSON file."""
-
-    key: str
-    title: str
-    rows: tuple[Row, ...]
 
 
 def video_like(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +89,6 @@ def video_like(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
 
 
-def _average(label: str, errors: list[dict[str, float]]) -> Row:
-    names = ("cosine", "relative_l1", "rmse")
-    return Row(label, *(sum(e[name] for e in errors) / len(errors) for name in names))
-
-
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -125,7 +103,7 @@ def _forward_table(
         return int8_attention(*x, options=options)[0]
 
     lines = tuple(
-        _average(label, [attention_error(run(o, x), e) for x, e in zip(inputs, exact, strict=True)]) for label, o in rows
+        average(label, [attention_error(run(o, x), e) for x, e in zip(inputs, exact, strict=True)]) for label, o in rows
     )
     return Table(key, title, lines)
 
@@ -244,7 +222,7 @@ def gradients(inputs: Inputs) -> Table:
             if options not in done:
                 done[options] = _backward(dout, x, options)
             column.append(attention_error(done[options][which], exact[which]))
-    lines = tuple(_average(label, column) for (label, _, _), column in zip(rows, errors, strict=True))
+    lines = tuple(average(label, column) for (label, _, _), column in zip(rows, errors, strict=True))
     return Table("gradients", "8-bit gradients", lines)
 
 
@@ -274,16 +252,11 @@ TABLES: tuple[Callable[[Inputs], Table], ...] = (
 )
 
 
-def markdown(table: Table) -> str:
-    """The table as docs/numerics.md shows it."""
-    lines = [f"| {table.title} | cosine | relative L1 | RMSE |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {r.label} | {r.cosine:.2%} | {r.relative_l1:.4f} | {r.rmse:.3g} |" for r in table.rows]
-    return "\n".join(lines)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="average over N inputs (default 5)")
+    parser.add_argument("--training", action="store_true", help="the 8-bit gradient's tables instead, see docs/numerics.md")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each input with --training (default 4096)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
 
 
@@ -291,6 +264,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables, and write them to ``args.json`` when given."""
     if args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}: give 1 or more.")
+    if args.training:
+        return _run_training(args)
     inputs = [video_like(seed) for seed in range(args.seeds)]
     tokens, heads = inputs[0][0].shape[2], inputs[0][0].shape[1]
     print(f"{args.seeds} inputs of {heads} heads x {tokens} tokens x {HEAD_DIM}; errors against exact attention\n")
@@ -300,6 +275,18 @@ def run(args: argparse.Namespace) -> int:
         print(markdown(tables[-1]), end="\n\n", flush=True)
     if args.json:
         _write_json(Path(args.json), {"seeds": args.seeds, "tables": [asdict(t) for t in tables]})
+    return 0
+
+
+def _run_training(args: argparse.Namespace) -> int:
+    if args.tokens < 1:
+        raise InputError(f"--tokens is {args.tokens}: give 1 or more.")
+    print(f"{args.seeds} inputs of 1 head x {args.tokens} tokens x {training_numerics.HEAD_DIM}; errors against fp64\n")
+    made = training_numerics.tables(args.seeds, args.tokens)
+    for table in made:
+        print(markdown(table), end="\n\n", flush=True)
+    if args.json:
+        _write_json(Path(args.json), {"seeds": args.seeds, "tokens": args.tokens, "tables": [asdict(t) for t in made]})
     return 0
 
 

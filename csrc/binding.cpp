@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "sage3/launch_backward.h"
 #include "sage3/launch_fp4.h"
 #include "sage3/mask_tiles.cuh"
 
@@ -143,6 +144,62 @@ std::tuple<Tensor, Tensor> int8_attention(const Tensor& q, const Tensor& k, cons
   return {out, lse};
 }
 
+#ifdef SAGE3_HAS_INT8_GRAD_SM90
+
+// The forward pass, and what its gradient needs: (out, lse, saved, out8, rows). saved is int8_quantize's workspace, out8 the
+// output in 8 bits, rows fp32 (2, B, H, Lq): the LSE of the smoothed scores, and out8's scales.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_attention_saving(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                         const std::optional<Tensor>& mask, bool is_causal,
+                                                                         double scale, bool return_lse,
+                                                                         const std::string& kernel) {
+  const Shape shape = shape_of(q, k);
+  const c10::cuda::CUDAGuard guard(q.device());
+  auto [out, lse] = results_of(q, return_lse);
+  const Tensor saved = int8_quantize(q, k, v, scale, return_lse ? std::optional<Tensor>(lse) : std::nullopt);
+  const Tensor rows = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  const Tensor smoothed = rows[0];
+  int8_attend(saved, q, k, mask, is_causal, out, smoothed, kernel);
+  if (return_lse) lse.add_(smoothed);  // int8_quantize left the mean's part in it
+  const Tensor out8 = at::empty(q.sizes(), q.options().dtype(at::kChar));
+  const sage3::Int8SaveOutput call{shape, view_of(out), reinterpret_cast<signed char*>(out8.data_ptr()),
+                                   rows[1].data_ptr<float>()};
+  C10_CUDA_CHECK(sage3::int8_save_output(call, c10::cuda::getCurrentCUDAStream()));
+  return {out, lse, saved, out8, rows};
+}
+
+// (dq, dk, dv) of what int8_attention_saving left, contiguous, in dout's dtype.
+std::tuple<Tensor, Tensor, Tensor> int8_attention_gradient(const Tensor& dout, const Tensor& saved, const Tensor& out8,
+                                                           const Tensor& rows, int64_t kv_heads, int64_t keys, bool is_causal,
+                                                           double scale, bool deterministic) {
+  TORCH_CHECK(dout.is_cuda() && dout.dim() == 4 && dout.sizes() == out8.sizes() && out8.scalar_type() == at::kChar &&
+                  out8.is_contiguous() && out8.device() == dout.device(),
+              "dout must have the output's shape, and out8 be its codes");
+  const c10::cuda::CUDAGuard guard(dout.device());
+  const Tensor dk = at::empty({dout.size(0), kv_heads, keys, dout.size(3)}, dout.options()), dv = at::empty_like(dk);
+  const Tensor dq = at::empty(dout.sizes(), dout.options());
+  const Shape shape = shape_of(dout, dk);
+  TORCH_CHECK(shape.d() <= 128, "the backward kernels take a head_dim of at most 128, not ", shape.head_dim);
+  TORCH_CHECK(saved.device() == dout.device() && saved.scalar_type() == at::kByte && saved.is_contiguous() &&
+                  saved.numel() >= sage3::int8::Workspace(shape).bytes,
+              "saved is not that of int8_attention_saving for these shapes");
+  TORCH_CHECK(rows.device() == dout.device() && rows.scalar_type() == at::kFloat && rows.is_contiguous() &&
+                  rows.numel() == 2 * int64_t(shape.batch) * shape.heads * shape.queries,
+              "rows must be fp32 (2, batch, heads, queries)");
+  const sage3::int8::GradWorkspace at(shape);
+  const Tensor workspace = at::empty({at.bytes + 1024}, saved.options());  // torch aligns to 512 bytes
+  auto* const memory = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(workspace.data_ptr()) + 1023) / 1024 * 1024);
+  const sage3::Int8Backward call{shape, saved.data_ptr(), reinterpret_cast<const signed char*>(out8.data_ptr()),
+                                 rows[1].data_ptr<float>(), rows[0].data_ptr<float>(), view_of(dout), view_of(dq), view_of(dk),
+                                 view_of(dv), static_cast<float>(scale), memory, is_causal, deterministic};
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(sage3::int8_backward_prepare(call, stream));
+  C10_CUDA_CHECK(sage3::int8_backward_multiply_sm90(call, stream));
+  C10_CUDA_CHECK(sage3::int8_backward_finish(call, stream));
+  return {dq, dk, dv};
+}
+
+#endif  // SAGE3_HAS_INT8_GRAD_SM90
+
 #ifdef SAGE3_HAS_NVFP4
 
 Tensor fp4_quantize(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const std::optional<Tensor>& lse) {
@@ -244,6 +301,16 @@ SAGE3_LIBRARY(SAGE3_NAMESPACE, m) {
       "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, bool return_lse,"
       " str kernel) -> (Tensor, Tensor)",
       &int8_attention);
+#ifdef SAGE3_HAS_INT8_GRAD_SM90
+  m.def(
+      "int8_attention_saving(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, bool return_lse,"
+      " str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &int8_attention_saving);
+  m.def(
+      "int8_attention_gradient(Tensor dout, Tensor saved, Tensor out8, Tensor rows, int kv_heads, int keys, bool is_causal,"
+      " float scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
+      &int8_attention_gradient);
+#endif
 #ifdef SAGE3_HAS_NVFP4
   m.def(
       "fp4_probe(Tensor a, Tensor b, Tensor c, Tensor scale_a, Tensor scale_b, Tensor x) -> (Tensor, Tensor)", &fp4_probe);

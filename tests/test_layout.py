@@ -28,7 +28,13 @@ FLOORS = (
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OF_ROOM = {"__main__": "cli", "checks": "attention", "verify": "doctor"}  # modules that belong to a room of another name
+OF_ROOM = {  # modules that belong to a room of another name
+    "__main__": "cli",
+    "checks": "attention",
+    "error_tables": "numerics",
+    "training_numerics": "numerics",
+    "verify": "doctor",
+}
 
 # Of the floors below, these rooms may know only so much.
 ONLY = {"reference": {"errors"}, "pack": {"comfyui"}}

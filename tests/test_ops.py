@@ -137,7 +137,7 @@ def test_int8_autograd_is_the_reference_backward():
     dout = torch.randn_like(out)
     plain_tensors = [t.detach() for t in tensors]
     want = reference.int8_attention_backward(
-        dout, *plain_tensors, out.detach(), lse.detach(), mask=mask, is_causal=True, scale=0.3
+        dout, *plain_tensors, out.detach(), lse.detach(), mask=mask, is_causal=True, scale=0.3, options=reference.OUR_INT8
     )
     for a, b in zip(torch.autograd.grad(out, tensors, dout), want, strict=True):
         assert torch.equal(a, b)

@@ -25,7 +25,8 @@ from .jit.cuda import Cuda, find_binary, find_cuda
 from .jit.disassembly import Loop, Resources, main_loops, parse_functions, parse_resources
 from .jit.flags import nvcc_flags
 from .jit.machine import Machine, ToolchainError, parallel_jobs
-from .sources import ALL, Tree, find_tree, gencode, parse_archs
+from .jit.setting import tree_here
+from .sources import ALL, Tree, gencode, parse_archs
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 HEADER = ("arch", "registers", "shared", "stack", "spills", "loop", "aside", "path", "mma", "scores", "per score")
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, disassemble, print. Returns 0, or 1 when a kernel spills."""
-    tree = Tree(args.csrc) if args.csrc else find_tree()
+    tree = Tree(args.csrc) if args.csrc else tree_here()
     if tree is None:
         raise SassError("There are no kernel sources beside or inside this package.")
     archs = parse_archs(args.arch) if args.arch else ALL

@@ -1,4 +1,15 @@
-"""The gradient of 8-bit attention: arXiv 2505.11594 algorithm 3, every product in INT8 but dO V^T."""
+"""The gradient of 8-bit attention: arXiv 2505.11594 algorithm 3, and the form of it that the compiled kernel computes.
+
+The paper's ("block" scales): every product in INT8 but dO V^T, psi(X) with one scale for a block of X.
+
+The kernel's ("row" scales) differs where a scale for a block costs accuracy or what is saved would cost memory:
+
+* everything starts from the codes of the forward pass, V's too, and from its output in 8 bits, one scale a token: the
+  gradient of the function that was computed, and half the memory. delta = rowsum(dO O) then matches dO V^T.
+* P and dS are quantised with one scale for a key and 64 queries: a row of the tiles of P^T and dS^T that dV and dK contract.
+* Q and dO in dK and dV: one scale for 64 queries by 32 channels.
+* dQ = dS K in bf16, like dP.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import smoothing
-from .formats import INT8_MAX, K_BLOCK, Q_BLOCK, Granularity, pad_to, quantize_int8
+from .formats import INT8_MAX, K_BLOCK, Q_BLOCK, UINT8_MAX, Granularity, pad_to, quantize_int8, round_int8_channels
 from .forward import Int8Options, by_kv_head, mean_scores, softmax_scale
 from .tiles import Plan, Shape, finite, hide_, pair_ranges, row_ranges
 
@@ -63,9 +74,16 @@ def int8_attention_backward(
     # The scores repeat the forward pass. Where tokens are summed over, only a scale per block can leave the product.
     q_scores, q_block = (by_kv_head(x, shape) for x in (psi(q32, "q", options.granularity), psi(q32, "q")))
     k_scores, k_block = (pad_to(x, -2, K_BLOCK) for x in (psi(k32, "k", options.granularity), psi(k32, "k")))
-    do_block = psi(do32, "q")
-    do_dp, v_dp = (do_block, psi(v32, "k")) if options.do_v == "int8" else (do32, v32)
-    v_dp = pad_to(v_dp, -2, K_BLOCK)
+    row_scales = options.gradient_scales == "row" and options.quantize
+    if row_scales:
+        do_dp, v_dp = _bf16(do32), _bf16(pad_to(_forward_values(v32, options), -2, K_BLOCK))
+        do_block, q_block, k_block = _psi_groups(do_dp), _psi_groups(q_scores.flatten(1, 2)), _bf16(k_scores)
+        q_block = by_kv_head(q_block, shape)
+        delta = (do_dp * quantize_int8(out, "token", "q").dequantize()).sum(-1)
+    else:
+        do_block = psi(do32, "q")
+        do_dp, v_dp = (do_block, psi(v32, "k")) if options.do_v == "int8" else (do32, v32)
+        v_dp = pad_to(v_dp, -2, K_BLOCK)
     do_block, do_dp = by_kv_head(do_block, shape), by_kv_head(do_dp, shape)
     lse32, delta = (x.unflatten(1, (shape.kv_heads, shape.groups)) for x in (finite(lse32), delta))
 
@@ -97,11 +115,15 @@ def int8_attention_backward(
                 if options.key_mean_term and options.smooth_k:
                     means = mean_k[bs, hs].flatten(0, 1)
                     dq_acc += ds.sum(1).unsqueeze(-1) * means
-                if options.quantize:
+                ds_keys = ds  # as dK and dQ take it
+                if row_scales:
+                    ds_keys, ds = _psi_rows(ds, g, INT8_MAX), _bf16(ds)
+                    p = _psi_rows(p, g, UINT8_MAX)
+                elif options.quantize:
                     _psi_tiles_(p, g)
                     _psi_tiles_(ds, g)
                 dv_acc[:, c0:c1].baddbmm_(p, do_rows_block)
-                dk_acc[:, c0:c1].baddbmm_(ds, rows_block)
+                dk_acc[:, c0:c1].baddbmm_(ds_keys, rows_block)
                 dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
             b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
             dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(
@@ -121,3 +143,39 @@ def _psi_tiles_(x: Tensor, groups: int) -> None:
     tiles = x.view(n, c // K_BLOCK, K_BLOCK, groups, rows // block, block)
     scale = tiles.abs().amax((2, 5), keepdim=True).div_(INT8_MAX)
     tiles.div_(torch.where(scale == 0, torch.ones_like(scale), scale)).round_().mul_(scale)
+
+
+GRADIENT_ROWS = 64
+"""Queries that share a scale of a key's row of P^T and dS^T: the query tile of the kernel."""
+GRADIENT_CHANNELS = 32
+"""Channels that share a scale of Q and dO in dK and dV."""
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def _forward_values(v: Tensor, options: Int8Options) -> Tensor:
+    """V as the 8-bit forward pass multiplied it. FP8 has no kernel, and stays as it is."""
+    return round_int8_channels(v) if options.pv == "int8" else v
+
+
+def _quantized(x: Tensor, dims: tuple[int, ...], top: float) -> Tensor:
+    scale = x.abs().amax(dims, keepdim=True) / top
+    return (x / torch.where(scale == 0, torch.ones_like(scale), scale)).round_() * scale
+
+
+def _psi_groups(x: Tensor) -> Tensor:
+    """INT8 of x (B, H, tokens, D), one scale for 64 tokens by 32 channels."""
+    tokens, d = x.shape[-2:]
+    padded = pad_to(pad_to(x, -1, GRADIENT_CHANNELS), -2, GRADIENT_ROWS)
+    tiles = padded.unflatten(-1, (-1, GRADIENT_CHANNELS)).unflatten(-3, (-1, GRADIENT_ROWS))
+    return _quantized(tiles, (-3, -1), INT8_MAX).flatten(-2).flatten(-3, -2)[..., :tokens, :d]
+
+
+def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
+    """8 bits of x^T (n, keys, groups * rows), one scale for each key and 64 rows of one head."""
+    n, c, width = x.shape
+    rows = width // groups
+    tiles = pad_to(x.view(n, c, groups, rows), -1, GRADIENT_ROWS).unflatten(-1, (-1, GRADIENT_ROWS))
+    return _quantized(tiles, (-1,), top).flatten(-2)[..., :rows].reshape(n, c, width)

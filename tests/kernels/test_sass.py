@@ -94,7 +94,7 @@ def test_files_and_architectures_become_pairs(monkeypatch, tmp_path, capsys):
 
 
 def test_missing_sources_and_tools_are_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(sass, "find_tree", lambda: None)
+    monkeypatch.setattr(sass, "tree_here", lambda: None)
     with pytest.raises(SassError, match="no kernel sources"):
         sass.run(arguments())
     bare = Machine(env={}, site_packages=(), cuda_roots=())

@@ -23,6 +23,7 @@ class Switches:
     lineinfo: str = ""
     print_commands: str = ""
     ptxas_verbose: str = ""
+    training: str = ""
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Switches:

@@ -104,19 +104,6 @@ struct LargestMagnitude {
   }
 };
 
-// 16 bytes, or zeros and no access: a load under a predicate, where an "if" becomes a branch around each. Read once and
-// never again, so evicted first: L2 keeps what the attention will read.
-__device__ __forceinline__ uint4 load_or_zero(const void* from, bool there) {
-  uint4 x;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n"
-      " mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      " @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(int(there)));
-  return x;
-}
-
 // The tokens of one head. kDense: channels lie side by side and every chunk can be read by 16-byte loads.
 template <class T, bool kDense>
 struct HeadRows {

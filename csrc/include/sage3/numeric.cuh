@@ -76,6 +76,19 @@ __device__ __forceinline__ int square_bytes(uint32_t word, int sum) {
   return __dp4a(static_cast<int>(word), static_cast<int>(word), sum);
 }
 
+// 16 bytes, or zeros and no access: a load under a predicate, where an "if" becomes a branch around each. Read once and
+// never again, so evicted first: L2 keeps what the attention will read.
+__device__ __forceinline__ uint4 load_or_zero(const void* from, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n"
+      " mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      " @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(int(there)));
+  return x;
+}
+
 // The same value, of which the compiler knows nothing. A pointer: constants added to it become offsets of the
 // instructions that use it. An index: what follows from it is computed where it is needed, and kept in no register.
 __device__ __forceinline__ const unsigned char* opaque(const unsigned char* p) {
