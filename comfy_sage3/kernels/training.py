@@ -1,0 +1,148 @@
+"""8-bit attention with an 8-bit gradient, by the built library, as torch ops (csrc/backward). Needs SAGE3_TRAINING.
+
+The kernels have not yet run on a GPU: their sources have, thread by thread, on a CPU (tests/kernels/emulator). So no row of
+``devices`` names them and ``attention`` never comes here.
+
+Between the passes lie one byte a channel of q, k, v and of the output, and a few numbers a token: 4.1 bytes where flash
+attention keeps the 8 of q, k, v and out in bf16 (head dims of 64, 96 and 128; others are padded to these).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..report import record_note
+from . import compiled
+from .ops import NAMESPACE
+
+MAX_HEAD_DIM = 128
+_ALIGNMENT = 256
+
+
+def padded_head_dim(d: int) -> int:
+    """The head dim that the kernels compute with. Raises InputError above 128."""
+    for padded in (64, 96, MAX_HEAD_DIM):
+        if d <= padded:
+            return padded
+    raise InputError(f"The 8-bit gradient takes a head_dim of at most {MAX_HEAD_DIM}, this call has {d}.")
+
+
+def workspace_bytes(batch: int, heads: int, kv_heads: int, queries: int, keys: int, head_dim: int) -> int:
+    """Of int8_format.cuh's Workspace: q, k and v as codes and scales, and three numbers a channel."""
+    d = padded_head_dim(head_dim)
+    q_rows = batch * heads * ((queries + 63) // 64) * 64
+    k_tiles = batch * kv_heads * ((keys + 127) // 128)
+    parts = (q_rows * d, q_rows * 4, k_tiles * 128 * d, k_tiles * 16, k_tiles * 128 * d, k_tiles * 16)
+    return sum((size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT for size in (*parts, *3 * (batch * kv_heads * d * 4,)))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::int8_attention_saving", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    deterministic: bool = False,
+    note: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """8-bit attention of q (B, H, Lq, D), k and v (B, Hkv, Lk, D) -> (out, lse, saved, out8, rows).
+
+    out and lse as ``ops.int8_attention_compiled``'s. The rest is for the gradient: bytes; int8 of out's shape; fp32
+    (2, B, H, Lq). ``deterministic``: dq is added up in a fixed order.
+    """
+    result = compiled.operators().int8_attention_saving(q, k, v, None, is_causal, scale, return_lse, "sm90")
+    record_note(note)
+    out, lse, saved, out8, rows = result
+    return out, lse, saved, out8, rows
+
+
+@torch.library.custom_op(f"{NAMESPACE}::int8_attention_gradient", mutates_args=())
+def gradient(
+    dout: Tensor,
+    saved: Tensor,
+    out8: Tensor,
+    rows: Tensor,
+    kv_heads: int,
+    keys: int,
+    is_causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of ``attend`` from the gradient of its output, contiguous and in dout's dtype."""
+    dq, dk, dv = compiled.operators().int8_attention_gradient(
+        dout, saved, out8, rows, kv_heads, keys, is_causal, scale, deterministic
+    )
+    return dq, dk, dv
+
+
+@attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    deterministic: bool = False,
+    note: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = torch.empty_like(q)  # as binding.cpp does: q's order of memory, if that keeps a token's channels together
+    if out.stride(3) != 1:
+        out = q.new_empty(q.shape)
+    size = workspace_bytes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    return (
+        out,
+        q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32),
+        q.new_empty(size, dtype=torch.uint8),
+        q.new_empty(q.shape, dtype=torch.int8),
+        q.new_empty((2, *q.shape[:3]), dtype=torch.float32),
+    )
+
+
+@gradient.register_fake
+def _(
+    dout: Tensor,
+    saved: Tensor,
+    out8: Tensor,
+    rows: Tensor,
+    kv_heads: int,
+    keys: int,
+    is_causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (dout.shape[0], kv_heads, keys, dout.shape[3])
+    return dout.new_empty(dout.shape), dout.new_empty(shape), dout.new_empty(shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, _, ctx.is_causal, ctx.scale, _, ctx.deterministic, _ = inputs
+    ctx.kv_heads, ctx.keys = k.shape[1], k.shape[2]
+    _, _, saved, out8, rows = output
+    ctx.mark_non_differentiable(saved, out8, rows)
+    ctx.save_for_backward(saved, out8, rows)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dlse is not None:
+        raise RuntimeError("The compiled 8-bit gradient does not pass through lse: detach it, or use precision exact.")
+    if dout is None:
+        return (None,) * 8
+    saved, out8, rows = ctx.saved_tensors
+    grads = gradient(dout, saved, out8, rows, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic)
+    return (*grads, None, None, None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    raise RuntimeError("8-bit attention has no second derivatives: use precision exact where a gradient is differentiated.")
+
+
+attend.register_autograd(_backward, setup_context=_save)
+gradient.register_autograd(_no_second_derivative)

@@ -1,0 +1,77 @@
+"""``python -m comfy_sage3 numerics --training``: how near the 8-bit gradient is to the exact one, as tables.
+
+Inputs are N(0,1), head dim 128, with Q and K times sigma: scores then have a standard deviation of sigma squared. Errors are
+against fp64. The rows follow arXiv 2505.11594 (tables 1c and 6) and the sweep over sigma of arXiv 2603.02170.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .error_tables import Row, Table, average
+from .metrics import attention_error
+from .reference import OUR_INT8, Int8Options, int8_attention, int8_attention_backward
+
+HEAD_DIM = 128
+SIGMAS = (1.0, 3.0, 5.0, 8.0, 10.0)
+METHODS = (
+    ("ours", OUR_INT8),
+    ("paper (P V in FP8)", Int8Options()),
+    ("paper (P V in INT8)", Int8Options(pv="int8")),
+    ("paper, dO V^T in INT8", Int8Options(pv="int8", do_v="int8")),
+)
+NAMES = ("O", "dQ", "dK", "dV")
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(seed: int, tokens: int, sigma: float = 1.0) -> Inputs:
+    """q, k, v and the output's gradient, each (1, 1, tokens, 128) fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (torch.randn(1, 1, tokens, HEAD_DIM, generator=generator) for _ in range(4))
+    return q * sigma, k * sigma, v, dout
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv) in fp64."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out = (leaves[0] @ leaves[1].mT * HEAD_DIM**-0.5).softmax(-1) @ leaves[2]
+        grads = torch.autograd.grad(out, leaves, dout.double())
+    return (out.detach(), *grads)
+
+
+def computed(x: Inputs, options: Int8Options) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv) in 8 bits."""
+    out, lse = int8_attention(*x[:3], options=options)
+    return (out, *int8_attention_backward(x[3], *x[:3], out, lse, options=options))
+
+
+def tables(seeds: int, tokens: int, sigmas: Sequence[float] = SIGMAS) -> list[Table]:
+    """The output's and the gradients' errors of each method, and dQ's and dK's over sigma."""
+    errors: dict[str, list[dict[str, float]]] = {}
+
+    def note(x: Inputs, wanted: tuple[Tensor, ...], methods: Sequence[tuple[str, Int8Options]], label: str) -> None:
+        for method, options in methods:
+            for name, got, want in zip(NAMES, computed(x, options), wanted, strict=True):
+                errors.setdefault(label.format(name=name, method=method), []).append(attention_error(got, want))
+
+    for seed in range(seeds):
+        x = inputs(seed, tokens)
+        note(x, exact(*x), METHODS, "{name}, {method}")
+        for sigma in sigmas:
+            x = inputs(seed, tokens, sigma)
+            note(x, exact(*x), METHODS[:2], f"{{name}}, sigma {sigma:g}, {{method}}")
+
+    def rows(labels: Sequence[str]) -> tuple[Row, ...]:
+        return tuple(average(label, errors[label]) for label in labels)
+
+    main = [f"{name}, {method}" for name in NAMES for method, _ in METHODS if name != "O" or "dO" not in method]
+    sweep = [f"{name}, sigma {sigma:g}, {method}" for name in ("dQ", "dK") for sigma in sigmas for method, _ in METHODS[:2]]
+    return [
+        Table("training", f"8-bit training, N(0,1), {tokens} tokens", rows(main)),
+        Table("sigma", f"Q and K times sigma, {tokens} tokens", rows(sweep)),
+    ]

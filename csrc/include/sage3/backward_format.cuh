@@ -1,0 +1,108 @@
+// The operands of the 8-bit backward pass as they lie in memory between its three kernels, and in shared memory.
+//
+// What the forward pass saves: int8_format.cuh's workspace (q8, k8, v8 and scales; v_mean and v_norm), the LSE of the
+// scores that these codes stand for (K smoothed, so without the mean's part), and the output in 8 bits a channel, one scale
+// a token. From them, and from the output's gradient dO, the preparation makes one block for 64 queries and one for 128 keys,
+// each copied into shared memory as it is.
+//
+// wgmma's 8-bit operands must have the contraction along the bytes of a row, so what is multiplied twice, over channels and
+// over tokens, is here twice:
+//
+//   S^T  = K Q^T     k8 (int8_format.cuh), q8          over channels: the forward pass's codes, so its scores, bit by bit
+//   dP^T = V dO^T    v16, dout16                       over channels, in bf16
+//   dV   = P^T dO    P^T from registers, dout8         over queries: codes anew, a scale for 64 queries of 32 channels
+//   dK   = dS^T Q    dS^T from registers, q8t          the same
+//   dQ   = dS K      dS through shared memory, k16     over keys, in bf16
+#pragma once
+
+#include "sage3/int8_format.cuh"
+
+namespace sage3::int8 {
+
+constexpr int kGradGroups = 4;  // scales of a transposed block, one for 32 channels
+
+// Byte of a tile of `rows` rows that holds (row, byte of the row): blocks of `width` bytes of each row, swizzled.
+SAGE3_HD constexpr int block_offset(int row, int byte, int rows, int width) {
+  return byte / width * rows * width + swizzle(row * width + byte % width, width);
+}
+
+// Bytes of a row of 16-bit channels inside one swizzled block.
+SAGE3_HD constexpr int wide_block(int d) { return d == 96 ? 64 : 128; }
+
+// (query < 64, channel) of q8, a byte; of dout16, two bytes.
+SAGE3_HD constexpr int grad_query_offset(int query, int channel, int d) {
+  return block_offset(query, channel, kQueryTile, key_block(d));
+}
+SAGE3_HD constexpr int grad_dout_offset(int query, int channel, int d) {
+  return block_offset(query, 2 * channel, kQueryTile, wide_block(d));
+}
+
+// (query < 64, channel) of q8t and dout8: a row of 64 queries per channel, in the order in which a thread's packed columns
+// of P^T and dS^T follow each other (value_position).
+SAGE3_HD constexpr int grad_turned_offset(int query, int channel) {
+  return swizzle(channel * kQueryTile + value_position(query), kQueryTile);
+}
+
+// (key < 128, channel) of v16; of k16, whose rows are the keys of a channel, in two blocks of 64.
+SAGE3_HD constexpr int grad_value_offset(int key, int channel, int d) {
+  return block_offset(key, 2 * channel, kKeyTile, wide_block(d));
+}
+SAGE3_HD constexpr int grad_key_offset(int key, int channel, int d) { return block_offset(channel, 2 * key, d, 128); }
+
+// (query < 64, key < 128) of dS, two bytes: rows of 64 keys, one block for each warpgroup's.
+SAGE3_HD constexpr int grad_scores_offset(int query, int key) { return block_offset(query, 2 * key, kQueryTile, 128); }
+
+template <int D>
+struct alignas(1024) QueryBlock {
+  unsigned char q8[kQueryTile * D];
+  unsigned char dout16[kQueryTile * D * 2];
+  unsigned char q8t[kQueryTile * D];
+  unsigned char dout8[kQueryTile * D];
+  float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
+  float lse[kQueryTile];      // base 2; +inf for rows that attend nothing and those past the end, so that P is 0
+  float delta[kQueryTile];    // rowsum(dO O)
+  float q_group[kGradGroups]; // q8t * q_group = q * scale: what dK is made of
+  float dout_group[kGradGroups];  // dout8 * dout_group = dO
+};
+
+template <int D>
+struct alignas(1024) KeyBlock {
+  unsigned char v16[kKeyTile * D * 2];
+  unsigned char k16[kKeyTile * D * 2];  // k - k_mean
+};
+
+// dQ is summed in fp32 by atomic additions, in the order of the accumulators of dS K: warpgroup h has the channels from
+// h D / 2 on. Element of a tile that holds accumulator i of a thread.
+SAGE3_HD constexpr int grad_sum_offset(int half, int i, int thread, int d) {
+  return ((half * (d / 16) + i / 4) * 128 + thread) * 4 + i % 4;
+}
+
+// The workspace of one backward call: one allocation, every part 1024-byte aligned.
+struct GradWorkspace {
+  int64_t query_blocks, key_blocks, sums, turns, bytes;
+  int64_t query_block_bytes, key_block_bytes;
+
+  SAGE3_HD explicit GradWorkspace(const Shape& s) {
+    const int64_t d = s.d(), tiles = int64_t(s.batch) * s.heads * s.query_tiles();
+    const auto whole = [](int64_t size) { return ceil_div(size, 1024) * 1024; };
+    query_block_bytes = whole(kQueryTile * d * 5 + (3 * kQueryTile + 2 * kGradGroups) * 4);
+    key_block_bytes = kKeyTile * d * 4;
+    int64_t at = 0;
+    auto take = [&](int64_t size) {
+      const int64_t begin = at;
+      at += whole(size);
+      return begin;
+    };
+    query_blocks = take(tiles * query_block_bytes);
+    key_blocks = take(int64_t(s.batch) * s.kv_heads * s.key_tiles() * key_block_bytes);
+    sums = take(tiles * kQueryTile * d * 4);
+    turns = take(tiles * 2 * 4);  // deterministic: how many key tiles have added to each half of a tile of dQ
+    bytes = at;
+  }
+
+  SAGE3_HD int64_t zeroed() const { return bytes - sums; }  // from `sums` on
+};
+
+static_assert(sizeof(QueryBlock<64>) == 21504 && sizeof(QueryBlock<96>) == 31744 && sizeof(QueryBlock<128>) == 41984);
+
+}  // namespace sage3::int8

@@ -1,0 +1,28 @@
+// csrc/include/sage3/numeric.cuh without instructions.
+#pragma once
+
+#include "machine.h"
+
+namespace sage3 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+inline int round_to_int(float x) { return x != x ? 0 : static_cast<int>(std::nearbyint(std::fmin(std::fmax(x, -2e9f), 2e9f))); }
+inline uint32_t pack_u8(float a, float b, float c, float d) {
+  const auto code = [](float x) { return static_cast<uint32_t>(std::min(std::max(round_to_int(x), 0), 255)); };
+  return code(a) | code(b) << 8 | code(c) << 16 | code(d) << 24;
+}
+inline uint32_t pack_s8(float a, float b, float c, float d) {
+  const auto code = [](float x) { return static_cast<uint32_t>(std::min(std::max(round_to_int(x), -128), 127)) & 0xff; };
+  return code(a) | code(b) << 8 | code(c) << 16 | code(d) << 24;
+}
+inline int opaque(int x) { return x; }
+inline int max3(int a, int b, int c) { return std::max(std::max(a, b), c); }
+inline uint4 load_or_zero(const void* from, bool there) { return there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0}; }
+
+}  // namespace sage3

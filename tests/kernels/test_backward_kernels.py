@@ -1,0 +1,248 @@
+"""The backward kernels' own sources (csrc/backward), run thread by thread on a CPU: see emulator/machine.h.
+
+Fragments, swizzles, descriptors, the order of products and waits are then those of the kernel; what a GPU may still do
+otherwise are memory orders between its engines. All that is read and written starts out as NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import subprocess
+from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comfy_sage3.kernels import training
+from comfy_sage3.kernels.sources import find_tree
+
+from .test_nvfp4 import cxx
+
+HERE = Path(__file__).parent
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+LAUNCH = re.compile(r"(?m)^( *)(.+?)<<<(.+), (.+?), (.+?), stream>>>\((\w+)\);")
+SHARED = "extern __shared__ __align__(1024) unsigned char memory[];"
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, c_int) for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")]
+
+
+class Tensor4(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_int)]
+
+
+class SaveOutput(ctypes.Structure):
+    _fields_ = [("shape", Shape), ("out", Tensor4), ("out8", c_void_p), ("out_scale", c_void_p)]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        *((name, c_void_p) for name in ("saved", "out8", "out_scale", "lse")),
+        *((name, Tensor4) for name in ("dout", "dq", "dk", "dv")),
+        ("scale", c_float), ("workspace", c_void_p), ("causal", c_bool), ("deterministic", c_bool),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backward")
+    defines = []
+    for macro, stem, launches in (("SAGE3_PREPARE", "int8_prepare", 4), ("SAGE3_GRAD", "int8_grad_sm90", 1)):
+        text = (find_tree().root / "backward" / f"{stem}.cu").read_text(encoding="utf-8")
+        text = text.replace(SHARED, "unsigned char* const memory = emulator::shared_memory();")
+        text, found = LAUNCH.subn(r"\1emulator::run(\3, \4, \5, [&] { \2(\6); });", text)
+        assert found == launches
+        text = text.replace("namespace {\n", f"namespace {stem} {{\n", 1)  # both files become one
+        text = text.replace("}  // namespace\n", f"}}  // namespace\nusing namespace {stem};\n", 1)
+        (folder / f"{stem}.cu").write_text(text, encoding="utf-8")
+        defines.append(f'-D{macro}="{folder / f"{stem}.cu"}"')
+    flags = ["-std=c++20", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC", *defines]
+    includes = [f"-I{HERE / 'emulator'}", f"-I{find_tree().root / 'include'}"]
+    command = [cxx(), *flags, *includes, "-o", folder / "host.so", HERE / "backward_host.cpp"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    library = ctypes.CDLL(str(folder / "host.so"))
+    library.saved_bytes.restype = library.workspace_bytes.restype = c_int64
+    return library
+
+
+def view(x):
+    return Tensor4(x.data_ptr(), (c_int64 * 4)(*x.stride()), DTYPES[x.dtype])
+
+
+def memory(size):
+    """1024-byte aligned, all NaN."""
+    block = torch.full((size + 1024,), 0xFF, dtype=torch.uint8)
+    start = -block.data_ptr() % 1024
+    return block[start : start + size]
+
+
+def to_tokens(x, count):
+    return F.pad(x, (0, 0, 0, count - x.shape[2]))
+
+
+def codes(x, dims):
+    scale = x.abs().amax(dims, keepdim=True) / 127
+    return (x / torch.where(scale == 0, 1.0, scale)).round(), scale
+
+
+class Forward:
+    """What the forward pass leaves of q, k and v, and the attention of what it stands for."""
+
+    def __init__(self, host, q, k, v, scale, causal):
+        (b, h, lq, d), (hkv, lk) = q.shape, k.shape[1:3]
+        self.shape, self.dim = Shape(b, h, hkv, lq, lk, d), training.padded_head_dim(d)
+        q, k, v = (F.pad(x.float(), (0, self.dim - d)) for x in (q, k, v))
+        self.saved = memory(host.saved_bytes(ctypes.byref(self.shape)))
+        self.at = (c_int64 * 8)()
+        host.saved_parts(ctypes.byref(self.shape), self.at)
+        offsets = [torch.empty(n, self.dim, dtype=torch.int32) for n in (64, 128, 128)]
+        host.saved_offsets(self.dim, *(c_void_p(x.data_ptr()) for x in offsets))
+
+        query_tiles, key_tiles = -(-lq // 64), -(-lk // 128)
+        log2e = math.log2(math.e)
+        q8, s = codes(q * scale * log2e, (-1,))
+        self.put_codes(0, to_tokens(q8, query_tiles * 64).unflatten(2, (-1, 64)), offsets[0])
+        self.put(1, to_tokens(s, query_tiles * 64))
+        self.q = q8 * s / log2e  # with the softmax scale
+        k8, s = codes(to_tokens(k - k.mean(2, keepdim=True), key_tiles * 128).unflatten(2, (key_tiles, 16, 4, 2)), (3, 5, 6))
+        self.put_codes(2, k8.flatten(3, 5), offsets[1])
+        self.put(3, s)
+        self.k = (k8 * s).flatten(2, 5)[:, :, :lk]
+        mean, norm = v.mean(2, keepdim=True), v.std(2, keepdim=True, unbiased=False)
+        norm = torch.where(norm > 1e-3, norm, 1.0)
+        v8, s = codes(to_tokens((v - mean) / norm, key_tiles * 128).unflatten(2, (-1, 128)).unflatten(-1, (-1, 32)), (3, 5))
+        self.put_codes(4, v8.flatten(-2), offsets[2])
+        self.put(5, F.pad(s.flatten(2), (0, 0)).reshape(-1, self.dim // 32), columns=4)
+        self.put(6, mean)
+        self.put(7, norm)
+        self.v = (v8 * s).flatten(-2).flatten(2, 3)[:, :, :lk] * norm + mean
+        self.causal = causal
+
+    def put(self, part, x, columns=None):
+        x = x if columns is None else F.pad(x, (0, columns - x.shape[1]))
+        found = x.contiguous().view(torch.uint8).flatten()
+        self.saved[self.at[part] : self.at[part] + found.numel()] = found
+
+    def put_codes(self, part, x, offsets):
+        """x (B, H, tiles, tokens, D)."""
+        tiles = torch.empty(*x.shape[:3], offsets.numel(), dtype=torch.int8)
+        tiles[..., offsets.flatten().long()] = x.to(torch.int8).flatten(3)
+        self.put(part, tiles)
+
+    def exact(self, dout):
+        """(out, lse, dq, dk, dv) in fp64 of the values that the codes stand for; dq without the softmax scale."""
+        leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
+        group = self.shape.heads // self.shape.kv_heads
+        scores = leaves[0] @ leaves[1].repeat_interleave(group, 1).mT
+        if self.causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
+        out = scores.softmax(-1) @ leaves[2].repeat_interleave(group, 1)
+        grads = torch.autograd.grad(out, leaves, F.pad(dout.double(), (0, self.dim - dout.shape[3])))
+        return (out.detach(), scores.logsumexp(-1).detach(), *grads)
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(host, q, k, v, dout, *, scale=None, causal=False, deterministic=False):
+    """((dq, dk, dv) of the kernels, the same in fp64)."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    forward = Forward(host, q, k, v, scale, causal)
+    exact_out, lse, *exact = forward.exact(dout)
+    out = exact_out[..., : q.shape[3]].to(q.dtype).contiguous()
+    lse = lse.float().contiguous()
+    out8, out_scale = torch.empty(out.shape, dtype=torch.int8), torch.full(out.shape[:3], math.nan)
+    assert host.save_output(ctypes.byref(SaveOutput(forward.shape, view(out), out8.data_ptr(), out_scale.data_ptr()))) == 0
+    assert ((out8 * out_scale.unsqueeze(-1) - out).abs() <= out_scale.unsqueeze(-1) * 0.51).all()
+    got = [torch.full(x.shape, math.nan, dtype=q.dtype) for x in (q, k, v)]
+    workspace = memory(host.workspace_bytes(ctypes.byref(forward.shape)))
+    call = Backward(
+        forward.shape, forward.saved.data_ptr(), out8.data_ptr(), out_scale.data_ptr(), lse.data_ptr(), view(dout),
+        *map(view, got), scale, workspace.data_ptr(), causal, deterministic,
+    )  # fmt: skip
+    assert host.backward(ctypes.byref(call)) == 0
+    exact[0] *= scale
+    return got, [x[..., : q.shape[3]] for x in exact]
+
+
+def cosine(a, b):
+    a, b = a.double().flatten(), b.double().flatten()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+CASES = {
+    "one tile, hd64": ((64, 128, 64), {}),
+    "one tile, hd96": ((64, 128, 96), {}),
+    "one tile, hd128": ((64, 128, 128), {}),
+    "ragged ends, bf16": ((203, 257, 128), {"dtype": torch.bfloat16}),
+    "hd80 in fp16": ((97, 113, 80), {"dtype": torch.float16}),
+    "hd37, token-major, grouped heads, batch": ((130, 150, 37), {"b": 2, "h": 4, "hkv": 2, "token_major": True}),
+    "causal, more queries": ((300, 140, 64), {"causal": True}),
+    "causal, more keys": ((140, 300, 96), {"causal": True}),
+    "causal, grouped heads, in turns": ((200, 300, 128), {"causal": True, "h": 2, "deterministic": True}),
+    "in turns": ((130, 300, 64), {"deterministic": True}),
+    "one query": ((1, 300, 128), {}),
+    "negative scale": ((100, 200, 64), {"scale": -0.2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_exact_attentions_within_8_bits(host, name):
+    (lq, lk, d), more = CASES[name]
+    more = dict(more)
+    b, h, hkv = more.pop("b", 1), more.pop("h", 1), more.pop("hkv", 1)
+    dtype, token_major = more.pop("dtype", torch.float32), more.pop("token_major", False)
+    q, dout = (normal(b, h, lq, d, seed=seed, dtype=dtype) for seed in (0, 1))
+    k, v = (normal(b, hkv, lk, d, seed=seed, dtype=dtype) + 1 for seed in (2, 3))
+    if token_major:
+        dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    got, want = gradients(host, q, k, v, dout, **more)
+    for tensor, a, e, least in zip(("dq", "dk", "dv"), got, want, (0.9999, 0.9998, 0.9999), strict=True):
+        assert a.isfinite().all(), tensor
+        assert cosine(a, e) >= least, tensor
+
+
+def test_a_single_key_has_no_gradient_but_its_values(host):
+    """Every weight is 1 whatever q and k are; dS is the difference of two equal numbers, one of them in 8 bits."""
+    q, dout = normal(1, 1, 5, 64, seed=0), normal(1, 1, 5, 64, seed=1)
+    k, v = normal(1, 1, 1, 64, seed=2), normal(1, 1, 1, 64, seed=3)
+    (dq, dk, dv), (_, _, want) = gradients(host, q, k, v, dout)
+    assert dq.abs().max() == 0  # k less its mean
+    assert dk.abs().max() < 0.05 * dv.abs().max()
+    assert cosine(dv, want) > 0.9999
+
+
+def test_rows_of_tiny_gradients_keep_their_digits(host):
+    """dO of every 64 queries a millionth of the last ones': each tile has scales of its own, so nothing is rounded to 0."""
+    q, k, v = (normal(1, 1, 256, 64, seed=seed) for seed in (0, 1, 2))
+    dout = normal(1, 1, 256, 64, seed=3) * 1e-6 ** (torch.arange(256) // 64).view(1, 1, 256, 1)
+    (dq, _, _), (want, _, _) = gradients(host, q, k, v, dout)
+    for tile in range(4):
+        rows = slice(64 * tile, 64 * tile + 64)
+        assert cosine(dq[:, :, rows], want[:, :, rows]) > 0.9999, tile
+
+
+def test_a_number_that_is_none_spoils_its_row_and_is_seen(host):
+    q, k, v, dout = (normal(1, 1, 128, 64, seed=seed) for seed in range(4))
+    dout[0, 0, 70, 3] = math.nan
+    (dq, _, dv), _ = gradients(host, q, k, v, dout)
+    assert dq[0, 0, 70].isnan().any()
+    assert dv.isnan().any()
+    assert dq[0, 0, :64].isfinite().all()
+
+
+def test_the_order_of_the_sums_does_not_depend_on_deterministic_where_blocks_come_in_turn(host):
+    """Blocks run one after the other here, so both variants must give the same bits for causal calls."""
+    q, k, v, dout = (normal(1, 1, 200, 64, seed=seed) for seed in range(4))
+    first, _ = gradients(host, q, k, v, dout, causal=True)
+    second, _ = gradients(host, q, k, v, dout, causal=True, deterministic=True)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

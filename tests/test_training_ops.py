@@ -1,0 +1,134 @@
+"""The ops of the 8-bit gradient, without a GPU: a library whose operators are the reference."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from comfy_sage3 import reference
+from comfy_sage3.errors import InputError
+from comfy_sage3.kernels import build, training
+
+
+class Operators:
+    """What binding.cpp registers with SAGE3_TRAINING. The fp32 bytes of q, k and v stand for what is saved."""
+
+    def __init__(self):
+        self.gradients = 0
+
+    def int8_attention_saving(self, q, k, v, mask, is_causal, scale, return_lse, kernel):
+        assert (mask, kernel) == (None, "sm90")
+        got, lse = reference.int8_attention(q, k, v, is_causal=is_causal, scale=scale, options=reference.OUR_INT8)
+        out = torch.empty_like(q)
+        if out.stride(3) != 1:
+            out = torch.empty(q.shape, dtype=q.dtype)
+        out.copy_(got)
+        saved = torch.zeros(training.workspace_bytes(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), dtype=torch.uint8)
+        self.inputs = [x.detach().clone() for x in (q, k, v, out, lse)]
+        return (
+            out,
+            lse if return_lse else torch.empty(0),
+            saved,
+            torch.zeros(q.shape, dtype=torch.int8),
+            torch.zeros(2, *q.shape[:3]),
+        )
+
+    def int8_attention_gradient(self, dout, saved, out8, rows, kv_heads, keys, is_causal, scale, deterministic):
+        assert (saved.dtype, out8.dtype, rows.shape) == (torch.uint8, torch.int8, (2, *dout.shape[:3]))
+        assert (kv_heads, keys) == self.inputs[1].shape[1:3]
+        self.gradients += 1
+        made = reference.int8_attention_backward(
+            dout, *self.inputs, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
+        )
+        return tuple(x.contiguous() for x in made)
+
+
+class Library(build.Loaded):
+    @property
+    def ops(self):
+        return self.operators
+
+
+@pytest.fixture
+def library(monkeypatch):
+    torch._dynamo.reset()
+    Library.operators = Operators()
+    monkeypatch.setattr(build, "_outcome", Library(Path("fake.so"), "fake", ("90a",), "cache", 0.0))
+    return Library.operators
+
+
+def qkv(lq=33, lk=40, d=32, heads=4, kv_heads=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, lq, d), (2, kv_heads, lk, d), (2, kv_heads, lk, d))
+    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+
+
+def test_the_gradients_are_those_of_exact_attention_within_8_bits(library):
+    tensors = qkv()
+    out = training.attend(*tensors, True, 0.2, False)[0]
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(out, tensors, dout)
+    wide = [x.repeat_interleave(2, 1) if i else x for i, x in enumerate(tensors)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.2)
+    for a, b in zip(got, torch.autograd.grad(exact, tensors, dout), strict=True):
+        assert a.shape == b.shape
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+    assert library.gradients == 1
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_opcheck(library, return_lse):
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for x in qkv()]
+    torch.library.opcheck(training.attend, (*tensors, False, 0.2, return_lse), test_utils=("test_schema", "test_faketensor"))
+    saved = training.attend(*tensors, False, 0.2, False)[2:]
+    dout = torch.randn(tensors[0].shape)
+    torch.library.opcheck(
+        training.gradient, (dout, *saved, 2, 40, False, 0.2, False), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's CPU code needs g++")
+def test_compiled_without_a_break(library):
+    def loss(q, k, v):
+        return training.attend(q * 1.0, k, v, False, 0.2, False)[0].square().sum()
+
+    tensors = qkv()
+    want = torch.autograd.grad(loss(*tensors), tensors)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*tensors), tensors)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_is_refused_in_plain_words(library):
+    tensors = qkv()
+    out = training.attend(*tensors, False, 0.2, False)[0]
+    dout = torch.randn(out.shape).requires_grad_()
+    dq = torch.autograd.grad(out, tensors, dout, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        dq.sum().backward()
+
+
+def test_a_gradient_through_lse_is_refused_in_plain_words(library):
+    tensors = qkv()
+    lse = training.attend(*tensors, False, 0.2, True)[1]
+    with pytest.raises(RuntimeError, match="does not pass through lse"):
+        lse.sum().backward()
+
+
+@pytest.mark.parametrize("d", [64, 96, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_what_is_kept_is_at_most_six_tenths_of_flash_attentions(library, d, heads, kv_heads):
+    """q, k, v and out in bf16, and the LSE, which both keep."""
+    b, lq, lk = 2, 1024, 1000
+    shape = (b, heads, lq, d)
+    q, k = torch.empty(shape, device="meta"), torch.empty(b, kv_heads, lk, d, device="meta")
+    kept = training.attend(q, k, k, False, 0.2, False)[2:]
+    ours = sum(x.numel() * x.element_size() for x in kept)
+    flash = 2 * (2 * q.numel() + 2 * k.numel()) + 4 * b * heads * lq
+    assert ours <= 0.6 * flash
+
+
+def test_larger_head_dims_are_refused(library):
+    with pytest.raises(InputError, match="at most 128, this call has 160"):
+        training.padded_head_dim(160)
