@@ -61,7 +61,7 @@ class CompareTab:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.stops = Stops()
+        self.stops = Stops(services.limits.queue)
         self.votes = Votes(services.out)
 
     # What the page asks for.
@@ -163,7 +163,7 @@ class CompareTab:
 
     def left(self, request: gr.Request) -> None:
         """The visitor's tab was closed."""
-        self.stops.stop(str(request.session_hash))
+        self.stops.leave(str(request.session_hash))
 
     # The blind test.
 
@@ -242,7 +242,7 @@ class CompareTab:
             [progress, run_button, stop_button],
             queue=False,
             api_visibility="private",
-        ).then(
+        ).success(
             self.run,
             inputs,
             [progress, *result],

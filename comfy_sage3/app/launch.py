@@ -21,7 +21,10 @@ from .services import EMBEDDED, Limits, Services
 LEAST = (6, 31)
 GET_GRADIO = "pip install 'gradio>=6.31,<7'"
 OUT = "runs/app"
+SPARE = 2  # places in gradio's own queue beyond those the page gives out, with words: for the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # the visitor's own: none is fetched
+COLOURS = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "#1d4ed8")
+COLOURS |= dict.fromkeys(("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "#1e40af")
 MONO = ("ui-monospace", "Consolas", "monospace")
 
 
@@ -104,7 +107,7 @@ def start(
     from .widgets import style
 
     page = build(services)
-    page.queue(max_size=services.limits.queue, default_concurrency_limit=4, api_open=False)
+    page.queue(max_size=services.limits.queue + SPARE, default_concurrency_limit=4, api_open=False)
     allowed = [*(names or ()), *([] if is_local(host) else [host])]
     _, address, _ = page.launch(
         server_name=host,
@@ -126,7 +129,7 @@ def start(
         strict_cors=True,
         app_kwargs={"middleware": [Middleware(Guard, names=allowed)]},
         css=style(),
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO),
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO).set(**COLOURS),
     )
     return page, address
 

@@ -18,12 +18,11 @@ import numpy as np
 
 from ..compare.engine import Engine, Generation, Inspection, OnPreview, OnStep, Request, Side
 from ..compare.measure import Comparison, compare
-from ..errors import Sage3Error
+from ..errors import InputError, Sage3Error
 from .services import HIDDEN_ERROR, Services
 
 log = logging.getLogger("comfy_sage3")
 TELL_SECONDS = 0.25  # the page hears this often, whatever the model's speed
-MAX_WAITING = 1000  # sessions whose stop buttons are remembered
 
 
 class Stopped(Exception):
@@ -120,22 +119,27 @@ class Watched:
 
 
 class Stops:
-    """Who may stop what: one event per session, made when a run is asked for."""
+    """Who may stop what: one event per session, made when a run is asked for, dropped when it is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_waiting: int = 8) -> None:
+        self.most_waiting = most_waiting
         self._lock = threading.Lock()
         self._asked: dict[str, threading.Event] = {}
+        self._taken: set[str] = set()
 
     def ask(self, session: str) -> None:
-        """A run of ``session`` has been asked for: from now on it can be stopped, even while it waits."""
+        """A run of ``session`` is asked for: it can be stopped even while it waits. InputError where too many wait."""
         with self._lock:
+            waiting = len(self._asked.keys() - self._taken - {session})
+            if waiting >= self.most_waiting:
+                raise InputError(f"The queue is full, with {waiting} waiting: try again in a few minutes.")
             self._asked[session] = threading.Event()
-            while len(self._asked) > MAX_WAITING:
-                self._asked.pop(next(iter(self._asked)))
+            self._taken.discard(session)
 
     def take(self, session: str) -> threading.Event:
         """The stop of the run that begins now."""
         with self._lock:
+            self._taken.add(session)
             return self._asked.setdefault(session, threading.Event())
 
     def drop(self, session: str, stop: threading.Event) -> None:
@@ -143,6 +147,7 @@ class Stops:
         with self._lock:
             if self._asked.get(session) is stop:
                 del self._asked[session]
+                self._taken.discard(session)
 
     def stop(self, session: str) -> bool:
         """Stop the session's run, waiting or running; False where it has none."""
@@ -152,6 +157,13 @@ class Stops:
             return False
         stop.set()
         return True
+
+    def leave(self, session: str) -> None:
+        """The visitor is gone: stop what runs, forget what waits."""
+        self.stop(session)
+        with self._lock:
+            if session not in self._taken:
+                self._asked.pop(session, None)
 
 
 def watch(

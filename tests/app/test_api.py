@@ -223,7 +223,7 @@ def test_a_full_queue_is_said_to_be_full(launch):
     from comfy_sage3.app.services import Limits
 
     gradio_client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
-    address, _ = launch(pause=0.2, limits=Limits(queue=2))
+    address, _ = launch(pause=0.2, limits=Limits(queue=0))  # two places are left for the API
     clients = [gradio_client.Client(address, verbose=False) for _ in range(5)]
     jobs = []
     for client in clients:

@@ -13,7 +13,7 @@ from comfy_sage3.app.services import HIDDEN_ERROR, Services
 from comfy_sage3.compare.engine import Request, Side
 from comfy_sage3.compare.measure import Comparison
 from comfy_sage3.demo.sizes import Size
-from comfy_sage3.errors import EngineError
+from comfy_sage3.errors import EngineError, InputError
 from comfy_sage3.precision import Precision
 
 from .conftest import PROMPT, FakeEngine
@@ -114,6 +114,21 @@ def test_a_stop_reaches_a_run_that_waits_and_no_other():
     assert not stop.is_set()
     stops.drop("one", stop)
     assert not stops.stop("one")
+
+
+def test_too_many_that_wait_are_told_so_and_those_who_leave_make_room():
+    stops = Stops(most_waiting=2)
+    stops.ask("runs")
+    stops.take("runs")
+    stops.ask("one")
+    stops.ask("two")
+    with pytest.raises(InputError, match="queue is full, with 2 waiting"):
+        stops.ask("three")
+    stops.ask("two")  # who waits already may ask anew
+    stops.leave("one")
+    stops.ask("three")
+    stops.leave("runs")
+    assert stops.take("runs").is_set()
 
 
 def test_two_runs_take_turns_at_the_gpu(tmp_path):
