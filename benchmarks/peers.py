@@ -83,6 +83,20 @@ def _sdpa_backward(backend: str) -> Make:
     return make
 
 
+def _ours_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """The gradient of one forward pass, with what prepares and finishes it; returns dq."""
+    ops, scale = _ops(), _scale(q)
+    _, _, *saved = ops.int8_attention_saving(q, k, v, None, causal, scale, False, "sm90")
+    heads, keys = k.shape[1], k.shape[2]
+    return lambda: ops.int8_attention_gradient(q, *saved, heads, keys, causal, scale, False)[0]  # the gradient of out is q
+
+
+def _no_gradient() -> str | None:
+    if missing := _no_kernel("sm90")():
+        return missing
+    return None if hasattr(_ops(), "int8_attention_gradient") else "the library was built without SAGE3_TRAINING=1"
+
+
 def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA GPU"
 
@@ -201,6 +215,7 @@ PEERS: tuple[Peer, ...] = (
             ("efficient", "SDPA efficient", "EFFICIENT_ATTENTION", _no_cuda),
         )
     ),
+    Peer("sm90-backward", "int8-sm90, backward", END_TO_END, _ours_backward, _no_gradient, direction="backward"),
 )  # fmt: skip
 
 
