@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from comfy_sage3.workflow.server import find_python
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+OLDEST = (0, 33)
 sys.path.insert(0, str(HERE))  # for tiny_expect.py
 
 
@@ -21,6 +23,9 @@ def drive(group, folder):
     if not given:
         pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to run tiny models in")
     comfyui = Path(given).resolve()
+    version = re.search(r'__version__ = "([\d.]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))[1]
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        pytest.skip(f"the tiny models and what they are expected to do are those of ComfyUI 0.33; this one is {version}")
     python = os.environ.get("COMFYUI_PYTHON")
     command = [str(find_python(comfyui, Path(python) if python else None)), str(HERE / "tiny_driver.py")]
     command += [str(comfyui), str(ROOT), str(folder), group]
