@@ -7,7 +7,9 @@ Cells that are done are never sent; what was computed and not yet written when t
 
 from __future__ import annotations
 
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,9 +26,10 @@ from .sweep import Cell, Sweep, parse
 RETRIES = 3  # of a task whose worker died; one that fails is not tried again
 MOST_IN_FLIGHT = 64  # tasks, whose locks are open files
 LOCAL = "local"
+CONNECT_SECONDS = 5.0
 LOOK = 0.5  # seconds between two looks at what is done
 
-_engine: tuple[Any, str, Engine] | None = None  # of a worker process, kept for its next task
+_engine: tuple[str, Engine] | None = None  # of a worker process, kept for its next task of the same run
 
 
 @dataclass
@@ -57,6 +60,7 @@ def run_on_ray(
         raise EngineError("--ray needs Ray: pip install 'comfy-sage3[ray]', here and on every machine.") from None
     ours = not ray.is_initialized()
     if ours:
+        _reach(address)
         try:
             ray.init(address=None if address == LOCAL else address, log_to_driver=False, configure_logging=False)
         except Exception as error:  # Ray raises a kind of its own for each way of not being there
@@ -69,6 +73,21 @@ def run_on_ray(
             ray.shutdown()
 
 
+def _reach(address: str) -> None:
+    """Raise EngineError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in (LOCAL, "auto"):
+        return
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise EngineError(f"{address[:80]!r} is no Ray cluster's address: give auto, local, HOST:PORT or ray://HOST:PORT.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise EngineError(
+            f"There is no Ray cluster at {address!r} ({error.strerror or error}): start one with ray start --head."
+        ) from None
+
+
 class _Driver:
     def __init__(self, ray: Any, store: Store, open_engine: OpenEngine, tell: OnProgress, stop: Callable[[], bool]) -> None:
         self.ray, self.store, self.tell, self.stop = ray, store, tell, stop
@@ -79,7 +98,7 @@ class _Driver:
         self._make_exact = ray.remote(**options)(make_exact)
         self._make_cell = ray.remote(**options)(make_cell)
         self._sweep = ray.put(store.sweep.to_data())
-        self._open = ray.put(open_engine)
+        self._open = ray.put((uuid.uuid4().hex, open_engine))
         self._exact: dict[str, Any] = {}  # exact id -> its place in the cluster's memory
         self._no_exact: dict[str, str] = {}
         self._running: dict[Any, _Task] = {}
@@ -152,7 +171,8 @@ class _Driver:
             try:
                 result, why = self.ray.get(reference)
             except Exception as error:  # its workers died more often than it is tried again, or memory ran out
-                result, why = None, f"The cluster gave up: {reason_of(error)}"
+                said = (str(error).strip().splitlines() or [""])[-1].strip()  # the traceback of a worker ends with it
+                result, why = None, f"The cluster gave up on it ({type(error).__name__}): {said}"
             if task.exact and result is not None:
                 self.store.keep(task.cell, result)
                 self._exact[task.cell.exact] = self.ray.put(result)  # this process owns it: no worker's death loses it
@@ -165,25 +185,36 @@ class _Driver:
                 self.store.fail(task.cell, why)
 
 
-def make_exact(data: dict[str, Any], open_engine: OpenEngine, name: str) -> tuple[Baseline | None, str]:
+Opener = tuple[str, OpenEngine]
+"""A name of the run, by which a worker knows the engine it has open, and how that is opened."""
+
+
+def make_exact(data: dict[str, Any], opener: Opener, name: str) -> tuple[Baseline | None, str]:
     """On a worker: the exact side of the cell's prompt and seed, or why there is none."""
-    return _guarded(data, open_engine, name, lambda e, sweep, cell: exact_side(e, sweep, cell, lambda done, doing: None))
+    return _guarded(data, opener, name, lambda e, sweep, cell: exact_side(e, sweep, cell, lambda done, doing: None))
 
 
-def make_cell(data: dict[str, Any], open_engine: OpenEngine, name: str, exact: Baseline) -> tuple[Comparison | None, str]:
+def make_cell(data: dict[str, Any], opener: Opener, name: str, exact: Baseline) -> tuple[Comparison | None, str]:
     """On a worker: the cell's comparison, or why there is none."""
-    return _guarded(data, open_engine, name, lambda e, sweep, cell: compare_cell(e, sweep, cell, exact))
+    return _guarded(data, opener, name, lambda e, sweep, cell: compare_cell(e, sweep, cell, exact))
 
 
-def _guarded(
-    data: dict[str, Any], open_engine: OpenEngine, name: str, work: Callable[[Engine, Sweep, Cell], Any]
-) -> tuple[Any, str]:
-    global _engine
+def _guarded(data: dict[str, Any], opener: Opener, name: str, work: Callable[[Engine, Sweep, Cell], Any]) -> tuple[Any, str]:
     try:
         sweep = parse(data)
         cell = next(c for c in sweep.cells() if c.id == name)
-        if _engine is None or _engine[:2] != (type(open_engine), sweep.engine):
-            _engine = (type(open_engine), sweep.engine, open_engine(sweep.engine))
-        return work(_engine[2], sweep, cell), ""
+        return work(_engine_of(opener, sweep), sweep, cell), ""
     except Exception as error:
         return None, reason_of(error)
+
+
+def _engine_of(opener: Opener, sweep: Sweep) -> Engine:
+    """This worker's engine of the run, opened with its first task."""
+    global _engine
+    run, open_engine = opener
+    if _engine is None or _engine[0] != run:
+        if _engine is not None:
+            _engine[1].close()
+            _engine = None
+        _engine = (run, open_engine(sweep.engine))
+    return _engine[1]
