@@ -240,7 +240,7 @@ class CompareTab:
             guard(self.ask),
             None,
             [progress, run_button, stop_button],
-            queue=False,
+            concurrency_limit=None,
             api_visibility="private",
         ).success(
             self.run,
@@ -256,13 +256,15 @@ class CompareTab:
 
         blind_view = [player, slider, trial, blind["says"], blind["votes"], blind["reveal"]]
         for button, name in ((blind["start"], "blind_start"), (blind["again"], "blind_again")):
-            button.click(guard(self.blind_start), run_name, blind_view, queue=False, show_progress="hidden", api_name=name)
+            button.click(
+                guard(self.blind_start), run_name, blind_view, concurrency_limit=None, show_progress="hidden", api_name=name
+            )
         for button, vote in zip(blind["buttons"], VOTES, strict=True):
             button.click(
                 guard(partial(self.blind_vote, vote)),
                 trial,
                 [trial, blind["says"], blind["tally"], blind["votes"], blind["reveal"]],
-                queue=False,
+                concurrency_limit=None,
                 show_progress="hidden",
                 api_name=f"blind_vote_{vote.replace(' ', '_')}",
             )
@@ -270,12 +272,17 @@ class CompareTab:
             guard(self.blind_reveal),
             trial,
             [player, blind["says"]],
-            queue=False,
+            concurrency_limit=None,
             show_progress="hidden",
             api_name="blind_reveal",
         )
         blind["end"].click(
-            guard(self.blind_end), run_name, blind_view, queue=False, show_progress="hidden", api_visibility="private"
+            guard(self.blind_end),
+            run_name,
+            blind_view,
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
         )
         page = Context.root_block
         assert page is not None, "build is called inside an open gr.Blocks"
@@ -349,10 +356,10 @@ class CompareTab:
             api_visibility="private",
         )
         next_seed.click(
-            lambda seed: (form.whole("seed", seed) + 1) % 2**53,
+            public(services, lambda seed: (form.whole("seed", seed) + 1) % 2**53),
             seed,
             seed,
-            queue=False,
+            concurrency_limit=None,
             show_progress="hidden",
             api_visibility="private",
         )

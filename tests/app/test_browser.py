@@ -324,7 +324,15 @@ def test_a_full_queue_is_told_on_the_page(browser, launch):
 def test_no_theme_and_no_width_overflows_or_hides_words(browser, app, width, theme):
     page = opened(browser, app[0], f"?__theme={theme}", width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    background = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
+    background = page.evaluate(
+        """() => {
+            for (let part = document.querySelector('.s3-verdict'); part; part = part.parentElement) {
+                const colour = getComputedStyle(part).backgroundColor;
+                if (!/, 0\\)$/.test(colour)) return colour;
+            }
+            return 'rgb(255, 255, 255)';
+        }"""
+    )
     ink = page.evaluate("getComputedStyle(document.querySelector('.s3-verdict')).color")
     assert abs(brightness(background) - brightness(ink)) > 120
     assert (brightness(background) < 100) == (theme == "dark")
