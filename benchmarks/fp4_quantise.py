@@ -11,12 +11,10 @@ there is no such kernel.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +101,9 @@ def main() -> int:
     reached = rows[0]["quantise_of_copy"]
     print(f"{'reached' if reached >= BAR else 'MISSED'}: {reached:.1%} of the copy's bandwidth (must {BAR:.0%})")
     if args.out is not None:
-        record = {
-            "what": (__doc__ or "").splitlines()[0],
-            "command": shlex.join(["python", "benchmarks/fp4_quantise.py", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            "device": machine.device(),
-            "smi": machine.smi(),
-            "versions": machine.versions(),
-            "rows": rows,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        command = shlex.join(["python", "benchmarks/fp4_quantise.py", *sys.argv[1:]])
+        record = machine.record((__doc__ or "").splitlines()[0], command)
+        machine.write(args.out, record | {"rows": rows})
     return 0
 
 

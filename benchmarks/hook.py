@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +110,9 @@ def main() -> int:
         }
         print(what, json.dumps({k: v for k, v in result[what].items() if k != "seconds"}, indent=1))
     if args.out is not None:
-        record = {
-            "what": (__doc__ or "").splitlines()[0],
-            "command": shlex.join(["python", "benchmarks/hook.py", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            "device": machine.device(),
-            "smi": machine.smi(),
-            "versions": machine.versions(),
-            "result": result,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        command = shlex.join(["python", "benchmarks/hook.py", *sys.argv[1:]])
+        record = machine.record((__doc__ or "").splitlines()[0], command)
+        machine.write(args.out, record | {"result": result})
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import subprocess
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,25 @@ def _number(cell: str) -> float | str | None:
         return float(cell)
     except ValueError:
         return cell
+
+
+def record(what: str, command: str) -> dict[str, Any]:
+    """The head of a record: what was measured, by which command, when, where."""
+    return {
+        "what": what,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device(),
+        "smi": smi(),
+        "versions": versions(),
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """As JSON, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def versions() -> dict[str, str | None]:

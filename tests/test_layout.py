@@ -54,6 +54,7 @@ FOREIGN = {
     "gradio": ("app/",),
     "starlette": ("app/launch.py",),  # what gradio's server is made of
     "ray": ("study/ray_runner.py",),
+    "playwright": ("app/screenshots.py",),  # a command for who writes the README
 } | {name: ("comfyui/",) for name in COMFYUI}
 
 

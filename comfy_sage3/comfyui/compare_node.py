@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import metrics
 from ..errors import InputError
 from .frames import MOST_SHOWN, FrameFolder, pixels, shown
-from .nodes import where_known
+from .inputs import where_known
 
 VERSION = 1  # of the payload
 IDENTICAL = "identical"  # stands for an infinite PSNR, which JSON cannot hold

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
@@ -11,10 +10,11 @@ from comfy_api.latest import io
 from ..demo.load import TRANSFORMER_FILE, VAE_FILE, verify, weights_folder
 from ..demo.prompts import embed, parse
 from ..errors import InputError, WeightsError
-from ..precision import MIN_TOKENS, Precision, PrecisionPlan
+from ..precision import Precision, PrecisionPlan
 from . import status
 from .fingerprint import check
 from .hook import Hook
+from .inputs import advanced, min_tokens, percent, where_known
 from .install import hooks_of, install
 from .layers import LayerList
 
@@ -34,17 +34,6 @@ def register_weights() -> None:
             log.error("The bundled demo model is not offered: %s", error)
         else:
             folder_paths.add_model_folder_path(kind, str(weights_folder()))
-
-
-def where_known(make: Any, *args: Any, known: dict[str, Any], **options: Any) -> Any:
-    """``make`` with those of ``known`` that this ComfyUI's version of it takes: 0.3.64 takes fewer."""
-    takes = inspect.signature(make).parameters
-    return make(*args, **options, **{name: value for name, value in known.items() if name in takes})
-
-
-def _advanced(make: Any, *args: Any, **options: Any) -> Any:
-    """An input folded away by default."""
-    return where_known(make, *args, known={"advanced": True}, **options)
 
 
 class Sage3Attention(io.ComfyNode):
@@ -73,39 +62,20 @@ class Sage3Attention(io.ComfyNode):
                     "int8: 8-bit (NVIDIA GPUs from Turing on). int8-fast: quicker and coarser on Hopper, elsewhere "
                     "int8. exact: leave the model as it is.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule to begin. Early steps decide the composition.",
+                percent("start_percent", 0.0, "Where in the schedule to begin. Early steps decide the composition."),
+                percent("end_percent", 1.0, "Where in the schedule to stop. Late steps decide the detail."),
+                min_tokens(
+                    "Calls with fewer query or key tokens stay exact: they are too short to gain, and text cross-attention "
+                    "is among them."
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule to stop. Late steps decide the detail.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=MIN_TOKENS,
-                    min=0,
-                    max=1_000_000,
-                    step=1,
-                    tooltip="Calls with fewer query or key tokens stay exact: they are too short to gain, "
-                    "and text cross-attention is among them.",
-                ),
-                _advanced(
+                advanced(
                     io.Boolean.Input,
                     "emulate",
                     default=False,
                     tooltip="Run the chosen method in plain PyTorch where no kernel exists: "
                     "real quality, no speed.",
                 ),
-                _advanced(
+                advanced(
                     io.String.Input,
                     "exact_layers",
                     default="",
@@ -113,7 +83,7 @@ class Sage3Attention(io.ComfyNode):
                     tooltip='Layers that stay exact, such as "0, 1, 28-29", or "double 0-2, single 37" where a model has '
                     "kinds. Needs a model that says which layer calls (ComfyUI 0.5 or newer; the report says if not).",
                 ),
-                _advanced(
+                advanced(
                     io.Combo.Input,
                     "on_trouble",
                     options=[FALL_BACK, STOP],

@@ -13,8 +13,7 @@ from ..plan.heatmap import draw
 from ..plan.plan import LayerPlan
 from ..plan.report import report
 from ..plan.solve import BUDGETS, budget_of
-from ..precision import MIN_TOKENS
-from . import plan_files
+from . import inputs, plan_files
 from .calibration import Calibrator
 from .fingerprint import check, fingerprint_of
 
@@ -80,13 +79,8 @@ class Sage3PrecisionPlan(io.ComfyNode):
                     max=100,
                     tooltip="At how many steps to measure, spread over the schedule; the others follow the nearest one.",
                 ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=MIN_TOKENS,
-                    min=0,
-                    max=1_000_000,
-                    step=1,
-                    tooltip="Calls with fewer query or key tokens are not measured and stay exact. As in Sage3 Attention.",
+                inputs.min_tokens(
+                    "Calls with fewer query or key tokens are not measured and stay exact. As in Sage3 Attention."
                 ),
                 io.Boolean.Input(
                     "emulate",

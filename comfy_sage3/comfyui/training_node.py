@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..kernels.devices import KERNELS
-from ..precision import MIN_TOKENS, Precision, PrecisionPlan
-from . import status
+from ..precision import Precision, PrecisionPlan
+from . import inputs, status
 from .hook import Hook
 from .install import install
 
@@ -45,14 +45,7 @@ class Sage3TrainingAttention(io.ComfyNode):
                     default=Precision.INT8.value,
                     tooltip="int8: 8-bit forward and backward (4 bits have no backward). exact: leave the model as it is.",
                 ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=MIN_TOKENS,
-                    min=0,
-                    max=1_000_000,
-                    step=1,
-                    tooltip="Calls with fewer query or key tokens stay exact: they are too short to gain.",
-                ),
+                inputs.min_tokens("Calls with fewer query or key tokens stay exact: they are too short to gain."),
                 io.Boolean.Input(
                     "emulate",
                     default=False,

@@ -128,7 +128,7 @@ def _emulate(
 
 
 def _within_range(mask: Tensor | None) -> Tensor | None:
-    """A mask of about -finfo.max, in the units of the 4-bit kernel's exponents, would be -inf, and a row of it attend nothing
+    """A mask of about -finfo.max, in the units of the 4-bit kernel's exponents, would be -inf, a row of it attend nothing
     in place of everything alike. From -1e30 on no score makes a difference any more."""
     if mask is None or mask.dtype in (torch.bool, torch.float16):
         return mask

@@ -157,5 +157,5 @@ def test_emulate_is_folded_away_where_comfyui_can(nodes):
         def __init__(self, name):
             self.name = name
 
-    assert nodes._advanced(New, "emulate").advanced is True
-    assert nodes._advanced(Old, "emulate").name == "emulate"
+    assert nodes.advanced(New, "emulate").advanced is True
+    assert nodes.advanced(Old, "emulate").name == "emulate"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from formats import as_the_editor_reads, as_the_server_gets
 
 from comfy_sage3.errors import EngineError
 from comfy_sage3.workflow import OutputFile, load_workflow, serve
@@ -79,25 +80,7 @@ def test_the_pack_registers(client):
 
 @pytest.mark.parametrize("name", ["text_to_video_ab", "text_to_video_ab_latent"])
 def test_editor_and_api_formats_agree(client, name):
-    """Read the editor's format as the editor would: widget values by position, in the server's order."""
-    editor = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
-    links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
-    read = {}
-    for node in editor["nodes"]:
-        if node["type"] == "MarkdownNote":
-            continue
-        spec = client.object_info(node["type"])[node["type"]]["input"]
-        values = iter(node["widgets_values"])
-        inputs = {s["name"]: links[s["link"]] for s in node["inputs"] if s["link"] is not None}
-        for key, (kind, *rest) in {**spec["required"], **spec.get("optional", {})}.items():
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                inputs[key] = next(values)
-                if rest and rest[0].get("control_after_generate"):
-                    assert next(values) == "fixed"
-        assert not list(values)
-        read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    api = load_workflow(ROOT / "workflows" / "api" / f"{name}.json")
-    assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}
+    assert as_the_editor_reads(client, name) == as_the_server_gets(name)
 
 
 def test_both_sides_run_and_report(client, tmp_path):

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from formats import as_the_editor_reads, as_the_server_gets
 from PIL import Image
 
 from comfy_sage3.errors import EngineError
@@ -183,22 +184,4 @@ def test_cancelling_stops_it_and_the_next_run_is_as_if_nothing_had_been(client, 
 
 
 def test_editor_and_api_formats_agree(client):
-    """Read the editor's format as the editor would: widget values by position, in the server's order."""
-    editor = json.loads((ROOT / "workflows" / f"{NAME}.json").read_text())
-    links = {x[0]: [str(x[1]), x[2]] for x in editor["links"]}
-    read = {}
-    for node in editor["nodes"]:
-        if node["type"] == "MarkdownNote":
-            continue
-        spec = client.object_info(node["type"])[node["type"]]["input"]
-        values = iter(node["widgets_values"])
-        inputs = {s["name"]: links[s["link"]] for s in node["inputs"] if s["link"] is not None}
-        for key, (kind, *rest) in {**spec["required"], **spec.get("optional", {})}.items():
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                inputs[key] = next(values)
-                if rest and rest[0].get("control_after_generate"):
-                    assert next(values) == "fixed"
-        assert not list(values)
-        read[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    api = load_workflow(ROOT / "workflows" / "api" / f"{NAME}.json")
-    assert read == {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in api.items()}
+    assert as_the_editor_reads(client, NAME) == as_the_server_gets(NAME)
