@@ -167,10 +167,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_attention_saving(const T
   return {out, lse, saved, out8, rows};
 }
 
-// (dq, dk, dv) of what int8_attention_saving left, contiguous, in dout's dtype.
-std::tuple<Tensor, Tensor, Tensor> int8_attention_gradient(const Tensor& dout, const Tensor& saved, const Tensor& out8,
-                                                           const Tensor& rows, int64_t kv_heads, int64_t keys, bool is_causal,
-                                                           double scale, bool deterministic) {
+// (dq, dk, dv) of what int8_attention_saving left, contiguous, in dout's dtype; dlse is the gradient of the LSE.
+std::tuple<Tensor, Tensor, Tensor> int8_attention_gradient(const Tensor& dout, const std::optional<Tensor>& dlse,
+                                                           const Tensor& saved, const Tensor& out8, const Tensor& rows,
+                                                           const std::optional<Tensor>& mask, int64_t kv_heads, int64_t keys,
+                                                           bool is_causal, double scale, bool deterministic) {
   TORCH_CHECK(dout.is_cuda() && dout.dim() == 4 && dout.sizes() == out8.sizes() && out8.scalar_type() == at::kChar &&
                   out8.is_contiguous() && out8.device() == dout.device(),
               "dout must have the output's shape, and out8 be its codes");
@@ -187,14 +188,25 @@ std::tuple<Tensor, Tensor, Tensor> int8_attention_gradient(const Tensor& dout, c
               "rows must be fp32 (2, batch, heads, queries)");
   const sage3::int8::GradWorkspace at(shape);
   const Tensor workspace = at::empty({at.bytes + 1024}, saved.options());  // torch aligns to 512 bytes
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Mask seen(mask, shape, saved, stream);
   auto* const memory = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(workspace.data_ptr()) + 1023) / 1024 * 1024);
   const sage3::Int8Backward call{shape, saved.data_ptr(), reinterpret_cast<const signed char*>(out8.data_ptr()),
                                  rows[1].data_ptr<float>(), rows[0].data_ptr<float>(), view_of(dout), view_of(dq), view_of(dk),
-                                 view_of(dv), static_cast<float>(scale), memory, is_causal, deterministic};
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+                                 view_of(dv), static_cast<float>(scale), memory, is_causal, deterministic, seen.view,
+                                 seen.tiles_data(), lse_of(dlse, shape)};
   C10_CUDA_CHECK(sage3::int8_backward_prepare(call, stream));
   C10_CUDA_CHECK(sage3::int8_backward_multiply_sm90(call, stream));
   C10_CUDA_CHECK(sage3::int8_backward_finish(call, stream));
+  if (dlse.has_value()) {  // the LSE's gradient for q is the weights' mean of k, and k here lacks its own mean
+    const int64_t heads = int64_t(shape.batch) * shape.kv_heads;
+    const Tensor mean = saved.narrow(0, sage3::int8::Workspace(shape).k_mean, heads * shape.d() * 4)
+                            .view(at::kFloat)
+                            .view({shape.batch, shape.kv_heads, 1, shape.d()})
+                            .narrow(3, 0, shape.head_dim)
+                            .repeat_interleave(shape.heads / shape.kv_heads, 1);
+    dq.add_((dlse->unsqueeze(-1) * mean).mul_(scale));
+  }
   return {dq, dk, dv};
 }
 
@@ -307,8 +319,8 @@ SAGE3_LIBRARY(SAGE3_NAMESPACE, m) {
       " str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       &int8_attention_saving);
   m.def(
-      "int8_attention_gradient(Tensor dout, Tensor saved, Tensor out8, Tensor rows, int kv_heads, int keys, bool is_causal,"
-      " float scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
+      "int8_attention_gradient(Tensor dout, Tensor? dlse, Tensor saved, Tensor out8, Tensor rows, Tensor? mask, int kv_heads,"
+      " int keys, bool is_causal, float scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
       &int8_attention_gradient);
 #endif
 #ifdef SAGE3_HAS_NVFP4

@@ -8,7 +8,7 @@ import torch
 
 from comfy_sage3 import reference
 from comfy_sage3.errors import InputError
-from comfy_sage3.kernels import build, training
+from comfy_sage3.kernels import build, exact, ops, training
 
 
 class Operators:
@@ -18,8 +18,8 @@ class Operators:
         self.gradients = 0
 
     def int8_attention_saving(self, q, k, v, mask, is_causal, scale, return_lse, kernel):
-        assert (mask, kernel) == (None, "sm90")
-        got, lse = reference.int8_attention(q, k, v, is_causal=is_causal, scale=scale, options=reference.OUR_INT8)
+        assert kernel == "sm90"
+        got, lse = reference.int8_attention(q, k, v, mask=mask, is_causal=is_causal, scale=scale, options=reference.OUR_INT8)
         out = torch.empty_like(q)
         if out.stride(3) != 1:
             out = torch.empty(q.shape, dtype=q.dtype)
@@ -34,13 +34,18 @@ class Operators:
             torch.zeros(2, *q.shape[:3]),
         )
 
-    def int8_attention_gradient(self, dout, saved, out8, rows, kv_heads, keys, is_causal, scale, deterministic):
+    def int8_attention_gradient(self, dout, dlse, saved, out8, rows, mask, kv_heads, keys, is_causal, scale, deterministic):
         assert (saved.dtype, out8.dtype, rows.shape) == (torch.uint8, torch.int8, (2, *dout.shape[:3]))
         assert (kv_heads, keys) == self.inputs[1].shape[1:3]
         self.gradients += 1
         made = reference.int8_attention_backward(
-            dout, *self.inputs, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
+            dout, *self.inputs, mask=mask, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
         )
+        if dlse is not None:
+            assert dlse.dtype == torch.float32
+            assert dlse.is_contiguous()
+            more = exact.backward(None, dlse, *self.inputs[:3], mask, is_causal, scale)
+            made = [x + y for x, y in zip(made, more, strict=True)]
         return tuple(x.contiguous() for x in made)
 
 
@@ -66,12 +71,12 @@ def qkv(lq=33, lk=40, d=32, heads=4, kv_heads=2):
 
 def test_the_gradients_are_those_of_exact_attention_within_8_bits(library):
     tensors = qkv()
-    out = training.attend(*tensors, True, 0.2, False)[0]
+    out = training.attend(*tensors, None, True, 0.2, False)[0]
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     got = torch.autograd.grad(out, tensors, dout)
     wide = [x.repeat_interleave(2, 1) if i else x for i, x in enumerate(tensors)]
-    exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.2)
-    for a, b in zip(got, torch.autograd.grad(exact, tensors, dout), strict=True):
+    plain = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.2)
+    for a, b in zip(got, torch.autograd.grad(plain, tensors, dout), strict=True):
         assert a.shape == b.shape
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
     assert library.gradients == 1
@@ -79,19 +84,24 @@ def test_the_gradients_are_those_of_exact_attention_within_8_bits(library):
 
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_opcheck(library, return_lse):
+    mask = torch.rand(1, 1, 33, 40, generator=torch.Generator().manual_seed(3)) < 0.7 if return_lse else None
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for x in qkv()]
-    torch.library.opcheck(training.attend, (*tensors, False, 0.2, return_lse), test_utils=("test_schema", "test_faketensor"))
-    saved = training.attend(*tensors, False, 0.2, False)[2:]
-    dout = torch.randn(tensors[0].shape)
     torch.library.opcheck(
-        training.gradient, (dout, *saved, 2, 40, False, 0.2, False), test_utils=("test_schema", "test_faketensor")
+        training.attend, (*tensors, mask, False, 0.2, return_lse), test_utils=("test_schema", "test_faketensor")
+    )
+    saved = training.attend(*tensors, mask, False, 0.2, False)[2:]
+    dout, dlse = torch.randn(tensors[0].shape), torch.randn(tensors[0].shape[:3]) if return_lse else None
+    torch.library.opcheck(
+        training.gradient,
+        (dout, dlse, *saved, mask, 2, 40, False, 0.2, False),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's CPU code needs g++")
 def test_compiled_without_a_break(library):
     def loss(q, k, v):
-        return training.attend(q * 1.0, k, v, False, 0.2, False)[0].square().sum()
+        return training.attend(q * 1.0, k, v, None, False, 0.2, False)[0].square().sum()
 
     tensors = qkv()
     want = torch.autograd.grad(loss(*tensors), tensors)
@@ -102,18 +112,30 @@ def test_compiled_without_a_break(library):
 
 def test_a_second_derivative_is_refused_in_plain_words(library):
     tensors = qkv()
-    out = training.attend(*tensors, False, 0.2, False)[0]
+    out = training.attend(*tensors, None, False, 0.2, False)[0]
     dout = torch.randn(out.shape).requires_grad_()
     dq = torch.autograd.grad(out, tensors, dout, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no second derivatives"):
         dq.sum().backward()
 
 
-def test_a_gradient_through_lse_is_refused_in_plain_words(library):
+@pytest.mark.parametrize("through", ["lse", "both"])
+def test_the_gradient_of_lse_is_passed_on(library, through):
     tensors = qkv()
-    lse = training.attend(*tensors, False, 0.2, True)[1]
-    with pytest.raises(RuntimeError, match="does not pass through lse"):
-        lse.sum().backward()
+    mask = torch.rand(1, 1, 33, 40, generator=torch.Generator().manual_seed(3)) < 0.7
+    weights = torch.randn(2, 4, 33, generator=torch.Generator().manual_seed(4))
+
+    def loss(out, lse):
+        return (lse * weights).sum() + (out.square().sum() if through == "both" else 0.0)
+
+    out, lse = training.attend(*tensors, mask, False, 0.2, True)[:2]
+    got = torch.autograd.grad(loss(out, lse), tensors, allow_unused=True)
+    want = torch.autograd.grad(loss(*ops.exact_attention(*tensors, mask, False, 0.2, True)), tensors, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        if b is None or not b.any():  # values, of lse alone
+            assert not a.any()
+        else:
+            assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
 @pytest.mark.parametrize("d", [64, 96, 128])
@@ -123,7 +145,7 @@ def test_what_is_kept_is_at_most_six_tenths_of_flash_attentions(library, d, head
     b, lq, lk = 2, 1024, 1000
     shape = (b, heads, lq, d)
     q, k = torch.empty(shape, device="meta"), torch.empty(b, kv_heads, lk, d, device="meta")
-    kept = training.attend(q, k, k, False, 0.2, False)[2:]
+    kept = training.attend(q, k, k, None, False, 0.2, False)[2:]
     ours = sum(x.numel() * x.element_size() for x in kept)
     flash = 2 * (2 * q.numel() + 2 * k.numel()) + 4 * b * heads * lq
     assert ours <= 0.6 * flash

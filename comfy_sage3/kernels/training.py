@@ -45,6 +45,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     is_causal: bool,
     scale: float,
     return_lse: bool,
@@ -54,9 +55,9 @@ def attend(
     """8-bit attention of q (B, H, Lq, D), k and v (B, Hkv, Lk, D) -> (out, lse, saved, out8, rows).
 
     out and lse as ``ops.int8_attention_compiled``'s. The rest is for the gradient: bytes; int8 of out's shape; fp32
-    (2, B, H, Lq). ``deterministic``: dq is added up in a fixed order.
+    (2, B, H, Lq). mask is bool, fp16, bf16 or fp32 and gets no gradient. ``deterministic``: dq is added up in a fixed order.
     """
-    result = compiled.operators().int8_attention_saving(q, k, v, None, is_causal, scale, return_lse, "sm90")
+    result = compiled.operators().int8_attention_saving(q, k, v, mask, is_causal, scale, return_lse, "sm90")
     record_note(note)
     out, lse, saved, out8, rows = result
     return out, lse, saved, out8, rows
@@ -65,18 +66,20 @@ def attend(
 @torch.library.custom_op(f"{NAMESPACE}::int8_attention_gradient", mutates_args=())
 def gradient(
     dout: Tensor,
+    dlse: Tensor | None,
     saved: Tensor,
     out8: Tensor,
     rows: Tensor,
+    mask: Tensor | None,
     kv_heads: int,
     keys: int,
     is_causal: bool,
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of ``attend`` from the gradient of its output, contiguous and in dout's dtype."""
+    """(dq, dk, dv) of ``attend`` from the gradients of out and lse, contiguous and in dout's dtype."""
     dq, dk, dv = compiled.operators().int8_attention_gradient(
-        dout, saved, out8, rows, kv_heads, keys, is_causal, scale, deterministic
+        dout, dlse, saved, out8, rows, mask, kv_heads, keys, is_causal, scale, deterministic
     )
     return dq, dk, dv
 
@@ -86,6 +89,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     is_causal: bool,
     scale: float,
     return_lse: bool,
@@ -108,9 +112,11 @@ def _(
 @gradient.register_fake
 def _(
     dout: Tensor,
+    dlse: Tensor | None,
     saved: Tensor,
     out8: Tensor,
     rows: Tensor,
+    mask: Tensor | None,
     kv_heads: int,
     keys: int,
     is_causal: bool,
@@ -122,22 +128,27 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, _, ctx.is_causal, ctx.scale, _, ctx.deterministic, _ = inputs
+    q, k, _, mask, ctx.is_causal, ctx.scale, _, ctx.deterministic, _ = inputs
     ctx.kv_heads, ctx.keys = k.shape[1], k.shape[2]
     _, _, saved, out8, rows = output
     ctx.mark_non_differentiable(saved, out8, rows)
-    ctx.save_for_backward(saved, out8, rows)
+    ctx.save_for_backward(saved, out8, rows, mask)
+    ctx.like = q.dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dlse is not None:
-        raise RuntimeError("The compiled 8-bit gradient does not pass through lse: detach it, or use precision exact.")
+    saved, out8, rows, mask = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 9
     if dout is None:
-        return (None,) * 8
-    saved, out8, rows = ctx.saved_tensors
-    grads = gradient(dout, saved, out8, rows, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic)
-    return (*grads, None, None, None, None, None)
+        dout = torch.zeros(out8.shape, dtype=ctx.like, device=out8.device)
+    if dlse is not None:
+        dlse = dlse.float().contiguous()
+    grads = gradient(
+        dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic
+    )
+    return (*grads, None, None, None, None, None, None)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:

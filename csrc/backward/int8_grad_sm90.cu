@@ -24,6 +24,7 @@
 #include <type_traits>
 
 #include "sage3/launch_backward.h"
+#include "sage3/mask_tiles.cuh"
 #include "sage3/numeric.cuh"
 #include "sage3/ptx_sm90_backward.cuh"
 #include "sage3/rounds.cuh"
@@ -56,7 +57,8 @@ struct Shared {
   alignas(1024) int8::QueryBlock<D> queries[Config<D>::kStages];
   alignas(1024) unsigned char ds[2][2 * kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
   alignas(16) float k_scale[int8::kKeyGroups];
-  int tile[Config<D>::kStages], number[Config<D>::kStages];  // which queries these are: of the head, of the workspace
+  // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
+  int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
   uint64_t keys_full, full[Config<D>::kStages], empty[Config<D>::kStages];
 };
 
@@ -92,7 +94,7 @@ struct Job {
   }
 };
 
-template <int D>
+template <int D, bool kDeterministic, bool kMask>
 __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   using C = Config<D>;
   const Job job(p, blockIdx.x);
@@ -105,16 +107,26 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   sm90::bulk_copy(&shared.keys, made + p.at.key_blocks + key_tile * sizeof(shared.keys), sizeof(shared.keys), &shared.keys_full);
   Place<C::kStages> place;
   for (int head = 0; head < job.heads; ++head) {
-    for (int i = 0; i < job.count; ++i, place.advance()) {
+    for (int i = 0; i < job.count; ++i) {
       constexpr uint32_t kBytes = sizeof(int8::QueryBlock<D>);
       const int tile = job.query_tile(i), number = job.number(p.call.shape, head, tile);
+      int mask = kMaskAll;
+      if constexpr (kMask) {
+        const MaskTileIndex index(p.call.shape, p.call.mask);
+        mask = p.call.mask_tiles[index(job.batch, job.kv_head * job.heads + head, tile) + job.tile];
+        if (mask == kMaskNone && !kDeterministic) continue;  // where blocks take turns, each must take its own
+      }
       sm90::barrier_await(&shared.empty[place.stage], place.parity ^ 1);
-      shared.tile[place.stage] = tile, shared.number[place.stage] = number;
+      shared.tile[place.stage] = tile, shared.number[place.stage] = number, shared.mask[place.stage] = mask;
       sm90::barrier_expect(&shared.full[place.stage], kBytes);
       sm90::bulk_copy(&shared.queries[place.stage], made + p.at.query_blocks + int64_t(number) * kBytes, kBytes,
                       &shared.full[place.stage]);
+      place.advance();
     }
   }
+  sm90::barrier_await(&shared.empty[place.stage], place.parity ^ 1);
+  shared.number[place.stage] = -1;
+  sm90::barrier_arrive(&shared.full[place.stage]);
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
@@ -220,7 +232,42 @@ __device__ __forceinline__ void store_rows(const float (&x)[D / 2], const Tensor
   }
 }
 
-template <int D, bool kDeterministic>
+// What a mask's element adds to an exponent, base 2.
+__device__ __forceinline__ float mask_bias(const void* at, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBool: return *static_cast<const unsigned char*>(at) ? 0.0f : kNegativeInfinity;
+    case Dtype::kFloat16: return static_cast<float>(*static_cast<const __half*>(at)) * kLog2e;
+    case Dtype::kBFloat16: return static_cast<float>(*static_cast<const __nv_bfloat16*>(at)) * kLog2e;
+    default: return *static_cast<const float*>(at) * kLog2e;
+  }
+}
+
+// Adds a mask to a tile's exponents. Four at a time, in a loop that turns the registers on: addresses of all of them at
+// once are more than fit. Past the ends of the sequences the last element stands in: those rows are hidden otherwise.
+__device__ __forceinline__ void add_mask(int (&x)[kScores], const Params& p, int number, int first_key) {
+  const int8::Shape& shape = p.call.shape;
+  const Tensor4& mask = p.call.mask;
+  const int tiles = static_cast<int>(shape.query_tiles()), bh = number / tiles, batch = bh / shape.heads;
+  const int lane = opaque(threadIdx.x % 32), size = mask.dtype == Dtype::kBool ? 1 : mask.dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* const head = static_cast<const char*>(mask.data) +
+                           size * (batch * mask.stride[0] + (bh - batch * shape.heads) * mask.stride[1]);
+  const int first_query = (number - bh * tiles) * kQueryTile + lane % 4 * 2;
+#pragma unroll 1
+  for (int j = 0; j < kScores / 4; ++j) {
+    int done[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int64_t query = min(first_query + 8 * j + e % 2, shape.queries - 1);
+      const int64_t key = min(first_key + lane / 4 + e / 2 * 8, shape.keys - 1);
+      const float bias = mask_bias(head + size * (query * mask.stride[2] + key * mask.stride[3]), mask.dtype);
+      done[e] = __float_as_int(bias == kNegativeInfinity ? bias : as_float(x[e]) + bias);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = i < kScores - 4 ? x[i + 4] : done[i + 4 - kScores];
+  }
+}
+
+template <int D, bool kDeterministic, bool kMask>
 __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int half) {
   using C = Config<D>;
   constexpr int kBlocks = C::kBlocks, kCount = C::kBlock / 2;
@@ -228,11 +275,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   const int8::Shape& shape = p.call.shape;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int all, first_key;  // tiles to come; of the warp
-  {
-    const Job job(p, blockIdx.x);
-    all = job.heads * job.count, first_key = job.tile * kKeyTile + 64 * half + 16 * warp;
-  }
+  const int first_key = Job(p, blockIdx.x).tile * kKeyTile + 64 * half + 16 * warp;  // of the warp
 
   float dv[D / 2], dk[D / 2];
 #pragma unroll
@@ -265,10 +308,11 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
 
   static_assert(C::kStages == 2);
 #pragma unroll 1
-  for (int n = 0; n < all; ++n) {
+  for (int n = 0;; ++n) {
       const int stage = n % 2;
       const auto& queries = shared.queries[stage];
       sm90::barrier_wait(&shared.full[stage], n / 2 % 2);
+      if (shared.number[stage] < 0) break;
 
       sm90::wgmma_begin();
 #pragma unroll
@@ -299,9 +343,14 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         const float factor[2] = {scale.x * k_scale, scale.y * k_scale}, shift[2] = {lse.x, lse.y};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[4 * j + e] = __float_as_int(exp2_approx(fmaf(__int2float_rn(x[4 * j + e]), factor[e % 2], -shift[e % 2])));
+          x[4 * j + e] = __float_as_int(fmaf(__int2float_rn(x[4 * j + e]), factor[e % 2], -shift[e % 2]));
         }
       }
+      if constexpr (kMask) {
+        if (shared.mask[stage] != kMaskAll) add_mask(x, p, shared.number[stage], first_key);
+      }
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) x[i] = __float_as_int(exp2_approx(as_float(x[i])));
       const bool late = first_key + 16 > shape.keys;
       if (late || (p.call.causal && shared.tile[stage] * kQueryTile < first_key + 15)) {
         const int me = opaque(lane);
@@ -421,7 +470,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   store_rows<D>(dk, p.call.dk, done.batch, done.kv_head, row, shape.keys, head_dim);
 }
 
-template <int D, bool kDeterministic>
+template <int D, bool kDeterministic, bool kMask>
 __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_grad(const __grid_constant__ Params p) {
   using C = Config<D>;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -434,20 +483,20 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_grad(const __grid
   __syncthreads();
   if (threadIdx.x < 128) {
     sm90::register_budget_down<C::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<D>(p, shared);
+    if (threadIdx.x == 0) produce<D, kDeterministic, kMask>(p, shared);
   } else {
     sm90::register_budget_up<C::kConsumerRegisters>();
-    consume<D, kDeterministic>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
+    consume<D, kDeterministic, kMask>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
   }
 }
 
-template <int D, bool kDeterministic>
+template <int D, bool kDeterministic, bool kMask>
 cudaError_t launch(const Int8Backward& call, cudaStream_t stream) {
   const int8::Shape& shape = call.shape;
   const int64_t blocks = int64_t(shape.batch) * shape.kv_heads * shape.key_tiles();
   if (blocks > INT_MAX || int64_t(shape.batch) * shape.heads * shape.query_tiles() > INT_MAX) return cudaErrorInvalidValue;
   const Params params{call, int8::Workspace(shape), int8::GradWorkspace(shape)};
-  const auto kernel = int8_grad<D, kDeterministic>;
+  const auto kernel = int8_grad<D, kDeterministic, kMask>;
   const int bytes = sizeof(Shared<D>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -460,7 +509,8 @@ cudaError_t launch(const Int8Backward& call, cudaStream_t stream) {
 cudaError_t int8_backward_multiply_sm90(const Int8Backward& call, cudaStream_t stream) {
   return with_grad_head_dim(call.shape.d(), [&](auto d) {
     constexpr int D = decltype(d)::value;
-    return call.deterministic ? launch<D, true>(call, stream) : launch<D, false>(call, stream);
+    if (call.mask.data != nullptr) return call.deterministic ? launch<D, true, true>(call, stream) : launch<D, false, true>(call, stream);
+    return call.deterministic ? launch<D, true, false>(call, stream) : launch<D, false, false>(call, stream);
   });
 }
 

@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     if (token < shape.queries) {
       const float natural = p.call.lse[bh * shape.queries + token];
       if (natural != kNegativeInfinity) lse = natural * kLog2e;
+      if (p.call.dlse != nullptr) delta -= p.call.dlse[bh * shape.queries + token];  // dS = P (dP - delta + dlse)
     }
     block.q_scale[threadIdx.x] = q_scale[threadIdx.x], block.lse[threadIdx.x] = lse, block.delta[threadIdx.x] = delta;
   }

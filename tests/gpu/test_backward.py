@@ -15,6 +15,7 @@ from comfy_sage3 import reference
 from comfy_sage3.kernels import build, training
 
 from . import calls
+from .exact import exact as exact_attention
 from .exact import relative_l1
 
 NAMES = ("dq", "dk", "dv")
@@ -37,22 +38,29 @@ def inputs(lq, lk, d, *, b=1, h=2, hkv=2, dtype=torch.bfloat16, offset=1.0, seed
     return q, k + offset, v + offset / 2, calls.randn(*q.shape, seed=seed + 9, dtype=dtype)
 
 
-def ours(q, k, v, dout, causal=False, scale=None, deterministic=False):
+def ours(q, k, v, dout, causal=False, scale=None, deterministic=False, mask=None):
     calls.poison()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = training.attend(*leaves, causal, calls.scale_of(q, scale), False, deterministic)[0]
+    out = training.attend(*leaves, mask, causal, calls.scale_of(q, scale), False, deterministic)[0]
     calls.poison()
     return out, torch.autograd.grad(out, leaves, dout)
 
 
-def exact(q, k, v, dout, causal=False, scale=None):
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    group = q.shape[1] // k.shape[1]
-    scores = leaves[0] @ leaves[1].repeat_interleave(group, 1).mT * calls.scale_of(q, scale)
+def exact(q, k, v, dout, causal=False, scale=None, mask=None, dlse=None):
+    """By the chain rule in fp64: autograd makes NaN of a row that may attend nothing."""
+    group, scale = q.shape[1] // k.shape[1], calls.scale_of(q, scale)
+    q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
+    out, lse = exact_attention(q, k, v, mask, causal, scale)
+    scores = q @ k.mT * scale
     if causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
-    out = scores.softmax(-1) @ leaves[2].repeat_interleave(group, 1)
-    return torch.autograd.grad(out, leaves, dout.double())
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+    dout = dout.double()
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True) + (0.0 if dlse is None else dlse.double().unsqueeze(-1)))
+    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q * scale, p.mT @ dout))
+    return ds @ k * scale, dk, dv
 
 
 def cosine(a, b):
@@ -60,9 +68,9 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def check(q, k, v, dout, causal=False, scale=None, deterministic=False):
-    _, got = ours(q, k, v, dout, causal, scale, deterministic)
-    for name, like, a, e in zip(NAMES, (q, k, v), got, exact(q, k, v, dout, causal, scale), strict=True):
+def check(q, k, v, dout, causal=False, scale=None, deterministic=False, mask=None):
+    _, got = ours(q, k, v, dout, causal, scale, deterministic, mask)
+    for name, like, a, e in zip(NAMES, (q, k, v), got, exact(q, k, v, dout, causal, scale, mask), strict=True):
         assert (a.shape, a.dtype) == (like.shape, like.dtype), name
         assert a.isfinite().all(), name
         assert cosine(a, e) > LEAST, name
@@ -94,6 +102,27 @@ def test_a_gradient_of_any_strides():
     expanded = dout[:, :, :1].expand_as(dout)
     check(q, k, v, strided)
     check(q, k, v, expanded)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, *calls.DTYPES])
+@pytest.mark.parametrize("shape", [(1, 1, 203, 400), (2, 4, 203, 400), (2, 1, 1, 400), (1, 4, 203, 1)])
+def test_masks(shape, dtype, deterministic):
+    mask = calls.some_mask(shape, dtype)
+    mask[..., :64, :] = True if dtype == torch.bool else 0
+    if shape[-1] > 1:
+        mask[..., 128:256] = False if dtype == torch.bool else -math.inf
+    check(*inputs(203, 400, 64, b=2, h=4, hkv=2), mask=mask, deterministic=deterministic)
+
+
+def test_the_gradient_of_lse():
+    q, k, v, dout = inputs(203, 257, 64, h=4, hkv=2)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = training.attend(*leaves, None, True, 0.125, True)[:2]
+    dlse = calls.randn(*lse.shape, seed=3, dtype=torch.float32)
+    got = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    for a, e in zip(got, exact(q, k, v, dout, True, 0.125, dlse=dlse), strict=True):
+        assert cosine(a, e) > LEAST
 
 
 def test_a_negative_scale():
@@ -160,7 +189,7 @@ def test_nothing_waits_for_the_device():
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     done = torch.cuda.Event()
     torch.cuda._sleep(400_000_000)  # about 0.2 seconds
-    out = training.attend(*leaves, False, 0.125, False)[0]
+    out = training.attend(*leaves, None, False, 0.125, False)[0]
     torch.autograd.grad(out, leaves, dout)
     done.record()
     assert not done.query()
@@ -171,7 +200,7 @@ def test_lse_is_that_of_the_inference_kernel():
     q, k, v, _ = inputs(203, 257, 128)
     outcome = build.load()
     out, lse = outcome.ops.int8_attention(q, k, v, None, True, 0.1, True, "sm90")
-    got, got_lse = training.attend(q, k, v, True, 0.1, True)[:2]
+    got, got_lse = training.attend(q, k, v, None, True, 0.1, True)[:2]
     assert torch.equal(got, out)
     assert (got_lse - lse).abs().max() < 1e-4
 
@@ -179,6 +208,6 @@ def test_lse_is_that_of_the_inference_kernel():
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_what_is_kept_between_the_passes(d):
     q, k, v, _ = inputs(1000, 1000, d, h=4, hkv=4)
-    kept = training.attend(q, k, v, False, 0.1, False)[2:]
+    kept = training.attend(q, k, v, None, False, 0.1, False)[2:]
     assert kept[0].numel() == training.workspace_bytes(1, 4, 4, 1000, 1000, d)
     assert sum(x.numel() * x.element_size() for x in kept) <= 0.6 * 4 * 2 * q.numel()

@@ -23,7 +23,7 @@ from comfy_sage3.kernels.sources import find_tree
 from .test_nvfp4 import cxx
 
 HERE = Path(__file__).parent
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 LAUNCH = re.compile(r"(?m)^( *)(.+?)<<<(.+), (.+?), (.+?), stream>>>\((\w+)\);")
 SHARED = "extern __shared__ __align__(1024) unsigned char memory[];"
 
@@ -46,6 +46,7 @@ class Backward(ctypes.Structure):
         *((name, c_void_p) for name in ("saved", "out8", "out_scale", "lse")),
         *((name, Tensor4) for name in ("dout", "dq", "dk", "dv")),
         ("scale", c_float), ("workspace", c_void_p), ("causal", c_bool), ("deterministic", c_bool),
+        ("mask", Tensor4), ("mask_tiles", c_void_p), ("dlse", c_void_p),
     ]  # fmt: skip
 
 
@@ -73,7 +74,21 @@ def host(tmp_path_factory):
 
 
 def view(x):
-    return Tensor4(x.data_ptr(), (c_int64 * 4)(*x.stride()), DTYPES[x.dtype])
+    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return Tensor4(x.data_ptr(), (c_int64 * 4)(*strides), DTYPES[x.dtype])
+
+
+def mask_tiles(mask):
+    """mask_tiles.cuh's byte for every 64 x 128 of a mask (B or 1, H or 1, Lq or 1, Lk): nobody, everybody, mixed."""
+    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+    plain = mask if mask.dtype == torch.bool else mask == 0
+    (b, h, lq, lk), found = mask.shape, []
+    for rows in torch.arange(lq).split(64):
+        for columns in torch.arange(lk).split(128):
+            part = (..., rows[:, None], columns)
+            none, every = hidden[part].all(-1).all(-1), plain[part].all(-1).all(-1)
+            found.append(torch.where(none, 0, torch.where(every, 1, 2)))
+    return torch.stack(found, -1).to(torch.uint8).reshape(b, h, -1, -(-lk // 128)).contiguous()
 
 
 def memory(size):
@@ -95,7 +110,7 @@ def codes(x, dims):
 class Forward:
     """What the forward pass leaves of q, k and v, and the attention of what it stands for."""
 
-    def __init__(self, host, q, k, v, scale, causal):
+    def __init__(self, host, q, k, v, scale, causal, mask=None):
         (b, h, lq, d), (hkv, lk) = q.shape, k.shape[1:3]
         self.shape, self.dim = Shape(b, h, hkv, lq, lk, d), training.padded_head_dim(d)
         q, k, v = (F.pad(x.float(), (0, self.dim - d)) for x in (q, k, v))
@@ -123,7 +138,7 @@ class Forward:
         self.put(6, mean)
         self.put(7, norm)
         self.v = (v8 * s).flatten(-2).flatten(2, 3)[:, :, :lk] * norm + mean
-        self.causal = causal
+        self.causal, self.mask = causal, mask
 
     def put(self, part, x, columns=None):
         x = x if columns is None else F.pad(x, (0, columns - x.shape[1]))
@@ -136,37 +151,48 @@ class Forward:
         tiles[..., offsets.flatten().long()] = x.to(torch.int8).flatten(3)
         self.put(part, tiles)
 
-    def exact(self, dout):
+    def exact(self, dout, dlse=None):
         """(out, lse, dq, dk, dv) in fp64 of the values that the codes stand for; dq without the softmax scale."""
-        leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
         group = self.shape.heads // self.shape.kv_heads
-        scores = leaves[0] @ leaves[1].repeat_interleave(group, 1).mT
+        q, k, v = self.q.double(), *(x.double().repeat_interleave(group, 1) for x in (self.k, self.v))
+        dout = F.pad(dout.double(), (0, self.dim - dout.shape[3]))
+        scores = q @ k.mT
         if self.causal:
             scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
-        out = scores.softmax(-1) @ leaves[2].repeat_interleave(group, 1)
-        grads = torch.autograd.grad(out, leaves, F.pad(dout.double(), (0, self.dim - dout.shape[3])))
-        return (out.detach(), scores.logsumexp(-1).detach(), *grads)
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~self.mask, -math.inf)
+        elif self.mask is not None:
+            scores = scores + self.mask.double()
+        lse = scores.logsumexp(-1)
+        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))  # a row that attends nothing is 0
+        out, dp = p @ v, dout @ v.mT
+        ds = p * (dp - (dout * out).sum(-1, keepdim=True) + (0.0 if dlse is None else dlse.double().unsqueeze(-1)))
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ dout))
+        return out, lse, ds @ k, dk, dv
 
 
 def normal(*shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def gradients(host, q, k, v, dout, *, scale=None, causal=False, deterministic=False):
+def gradients(host, q, k, v, dout, *, scale=None, causal=False, deterministic=False, mask=None, dlse=None):
     """((dq, dk, dv) of the kernels, the same in fp64)."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    forward = Forward(host, q, k, v, scale, causal)
-    exact_out, lse, *exact = forward.exact(dout)
+    forward = Forward(host, q, k, v, scale, causal, mask)
+    exact_out, lse, *exact = forward.exact(dout, dlse)
     out = exact_out[..., : q.shape[3]].to(q.dtype).contiguous()
     lse = lse.float().contiguous()
     out8, out_scale = torch.empty(out.shape, dtype=torch.int8), torch.full(out.shape[:3], math.nan)
     assert host.save_output(ctypes.byref(SaveOutput(forward.shape, view(out), out8.data_ptr(), out_scale.data_ptr()))) == 0
     assert ((out8 * out_scale.unsqueeze(-1) - out).abs() <= out_scale.unsqueeze(-1) * 0.51).all()
     got = [torch.full(x.shape, math.nan, dtype=q.dtype) for x in (q, k, v)]
+    tiles = mask_tiles(mask) if mask is not None else None
     workspace = memory(host.workspace_bytes(ctypes.byref(forward.shape)))
     call = Backward(
         forward.shape, forward.saved.data_ptr(), out8.data_ptr(), out_scale.data_ptr(), lse.data_ptr(), view(dout),
         *map(view, got), scale, workspace.data_ptr(), causal, deterministic,
+        view(mask) if mask is not None else Tensor4(), tiles.data_ptr() if mask is not None else None,
+        dlse.data_ptr() if dlse is not None else None,
     )  # fmt: skip
     assert host.backward(ctypes.byref(call)) == 0
     exact[0] *= scale
@@ -208,6 +234,61 @@ def test_gradients_are_exact_attentions_within_8_bits(host, name):
     for tensor, a, e, least in zip(("dq", "dk", "dv"), got, want, (0.9999, 0.9998, 0.9999), strict=True):
         assert a.isfinite().all(), tensor
         assert cosine(a, e) >= least, tensor
+
+
+def some_mask(shape, dtype):
+    """Tiles that hide everything, nothing and some of it; rows that may attend nothing; values of -inf."""
+    lq, lk = shape[-2:]
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.7
+    kept[..., :128] = True
+    kept[..., 128:256] = False
+    if lq > 70:
+        kept[..., 64:70, :] = False
+    if dtype == torch.bool:
+        return kept
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    return torch.where(kept, torch.where(torch.arange(lk) < 128, torch.zeros_like(bias), bias), -math.inf)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "d"),
+    [
+        ((1, 1, 150, 400), torch.bool, 64),
+        ((2, 2, 150, 400), torch.float32, 128),
+        ((2, 1, 1, 400), torch.bool, 128),
+        ((1, 2, 150, 400), torch.bfloat16, 96),
+        ((1, 1, 150, 400), torch.float16, 64),
+    ],
+)
+def test_masks(host, shape, dtype, d, deterministic):
+    q, dout = normal(2, 2, 150, d, seed=0), normal(2, 2, 150, d, seed=1)
+    k, v = normal(2, 1, 400, d, seed=2) + 1, normal(2, 1, 400, d, seed=3) + 1
+    mask = some_mask(shape, dtype)
+    assert set(mask_tiles(mask).flatten().tolist()) >= ({0, 2} if dtype == torch.bool else {0, 2})
+    got, want = gradients(host, q, k, v, dout, mask=mask, deterministic=deterministic)
+    for tensor, a, e in zip(("dq", "dk", "dv"), got, want, strict=True):
+        assert a.isfinite().all(), tensor
+        assert cosine(a, e) > 0.9997, tensor
+        assert not a[e.abs().amax(-1) == 0].any(), tensor  # nothing where nobody attends
+
+
+def test_a_mask_of_very_negative_numbers_hides_without_overflow(host):
+    """Scores that the mask lowers by 1e4 lie far above the row's LSE before it does."""
+    q, k, v, dout = (normal(1, 1, 128, 64, seed=seed) for seed in range(4))
+    mask = torch.where(torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(5)) < 0.5, 0.0, -1e4)
+    mask[0, 0, 3] = -1e4  # a row whose every key is as unlikely
+    got, want = gradients(host, q, k, v, dout, mask=mask)
+    for a, e in zip(got, want, strict=True):
+        assert cosine(a, e) > 0.9997
+
+
+def test_the_gradient_of_lse(host):
+    q, k, v, dout = (normal(1, 1, 200, 64, seed=seed) for seed in range(4))
+    dlse = normal(1, 1, 200, seed=5)
+    got, want = gradients(host, q, k, v, dout, dlse=dlse)
+    for a, e in zip(got, want, strict=True):
+        assert cosine(a, e) > 0.9998
 
 
 def test_a_single_key_has_no_gradient_but_its_values(host):

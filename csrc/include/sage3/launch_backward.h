@@ -26,6 +26,9 @@ struct Int8Backward {
   void* workspace;           // int8::GradWorkspace(shape).bytes, 1024-byte aligned
   bool causal;
   bool deterministic;        // dQ added up in a fixed order
+  Tensor4 mask;              // as Int8Attend's; it gets no gradient
+  const unsigned char* mask_tiles;
+  const float* dlse;         // null, or (B, H, Lq): the gradient of the LSE, of which dQ lacks the part that K's mean has
 };
 
 cudaError_t int8_save_output(const Int8SaveOutput&, cudaStream_t);
