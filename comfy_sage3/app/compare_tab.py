@@ -15,7 +15,7 @@ from ..compare.engine import Engine, Request, WorkflowRequest
 from ..compare.measure import Comparison
 from ..compare.output import enlarged
 from ..compare.tables import side_title
-from ..demo.prompts import ATTRIBUTES, BACKGROUNDS, SYNONYMS
+from ..demo.prompts import ATTRIBUTES, BACKGROUNDS, FILLERS, SYNONYMS
 from ..errors import InputError, Sage3Error
 from . import form, kept, words
 from .blind import VOTES, Trial, Votes, pair_name
@@ -293,7 +293,8 @@ class CompareTab:
         services, choices = self.services, [(text, key) for key, text in form.CHOICES.items()]
         prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_length=500, elem_id="prompt")
         groups = [[name, list(values)] for name, values in {**ATTRIBUTES, "background": BACKGROUNDS}.items()]
-        widget("complete", {"target": "prompt", "groups": groups, "synonyms": SYNONYMS}, elem_id="words")
+        words_ = {"target": "prompt", "groups": groups, "synonyms": SYNONYMS, "fillers": sorted(FILLERS)}
+        widget("complete", words_, elem_id="words")
         with gr.Row():
             a = gr.Dropdown(choices, value="exact", label="Side A", elem_id="side-a", min_width=130)
             b = gr.Dropdown(choices, value="fp4", label="Side B", elem_id="side-b", min_width=130)

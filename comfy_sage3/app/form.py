@@ -21,12 +21,12 @@ from .services import EMBEDDED, Limits, Services
 SIZES = ("64x64", "128x128", "256x256", "480x480", "832x480")
 FRAMES = (1, 5, 9, 17, 33)
 CHOICES = {
-    "exact": "exact: PyTorch's own attention",
-    "fp4": "fp4: 4 bits (SageAttention3)",
-    "int8": "int8: 8 bits",
-    "int8-fast": "int8-fast: 8 bits, coarser exponentials",
-    "auto": "auto: the fastest here",
-    PLANNED: "plan: a saved plan, layer by layer",
+    "exact": "exact",
+    "fp4": "fp4 (4 bits)",
+    "int8": "int8 (8 bits)",
+    "int8-fast": "int8-fast",
+    "auto": "auto",
+    PLANNED: "a saved plan",
 }
 WORKFLOWS = Path(__file__).parents[2] / "workflows" / "api"  # in a checkout; a wheel has none
 BUNDLED_GRAPH = "the bundled model, as above"

@@ -28,7 +28,12 @@ def verdict(m: dict[str, Any]) -> list[Block]:
     """What stands above the videos."""
     said, numbers = tables.headline(m)
     r, e = m["request"], m["environment"]
-    chips = [f"seed {r['seed']}", f"{r['width']} × {r['height']}", f"{r['frames']} frames", f"{r['steps']} steps"]
+    chips = [
+        f"seed {r['seed']}",
+        f"{r['width']} × {r['height']}",
+        "a still" if r["frames"] == 1 else f"{r['frames']} frames",
+        f"{r['steps']} steps",
+    ]
     chips += [f"guidance {r['cfg']:g}", str(e["device"]), f"{e['engine']} engine"]
     blocks: list[Block] = [{"kind": "verdict", "text": said}, {"kind": "text", "text": numbers}]
     if m["note"]:

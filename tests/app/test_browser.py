@@ -126,6 +126,7 @@ def test_a_run_shows_both_sides_while_it_goes_on_and_then_its_result(browser, la
     page.wait_for_function("() => document.querySelectorAll('.s3-preview:not([hidden])').length === 2", timeout=30_000)
     page.wait_for_function("() => document.querySelector('#verdict').innerText.includes('fake engine')", timeout=60_000)
     assert page.locator(".s3-doing").inner_text() == "done"
+    assert page.locator(".s3-preview").first.is_hidden()  # what is over takes a line
     page.wait_for_function("() => !document.querySelector('#run').disabled")
     assert len(list(services.out.iterdir())) == 1
     assert page.seen.errors == []

@@ -1,5 +1,5 @@
 // Words for the prompt: those that complete what is being typed, or that may come next. props.value:
-// {target: element id, groups: [[name, words], ...], synonyms: {word: word}, joins: words that begin another object}.
+// {target: element id, groups: [[name, words], ...], synonyms: {word: word}, fillers: words without a meaning}.
 const root = make("div", { class: "s3-words", role: "group", "aria-label": "Words of the bundled model" });
 let data = null;
 const field = () => document.querySelector(`#${data.target} textarea, #${data.target} input`);
@@ -25,9 +25,10 @@ function offer() {
   const open = data.groups.filter(([, values]) => !values.some((value) => object.includes(value)));
   const all = data.groups.flatMap(([, values]) => values);
   let found = last ? all.filter((word) => word.startsWith(last) && word !== last) : [];
-  if (!found.length && (!last || all.includes(last) || last in data.synonyms)) {
+  if (!found.length && (!last || all.includes(last) || last in data.synonyms || data.fillers.includes(last))) {
     found = (open[0]?.[1] ?? []).concat(object.length > 1 && !words.includes("and") ? ["and"] : []);
   }
+  root.hidden = !found.length;
   root.replaceChildren(...found.slice(0, 8).map((word) => make("button", { type: "button", onclick: () => insert(word) }, word)));
 }
 

@@ -132,7 +132,7 @@ function draw() {
   if (!data) return;
   const ratio = window.devicePixelRatio || 1;
   const across = mode === "side" ? 2 * data.width : data.width, gap = mode === "side" ? GAP * ratio : 0;
-  const room = Math.max(1, stage.clientWidth) * ratio, high = Math.min(640, innerHeight * 0.7) * ratio;
+  const room = Math.max(1, stage.clientWidth) * ratio, high = Math.min(640, innerHeight * 0.55) * ratio;
   let size = Math.min((room - gap) / across, high / data.height);
   if (size > 1) size = Math.floor(size); // whole pixels: none is wider than another
   const w = Math.round(data.width * size), h = Math.round(data.height * size);
@@ -183,7 +183,7 @@ function magnify(context, ratio) { // the same spot of A and of B, far enlarged,
   const cx = clamp(Math.round(point[0] * width - n / 2), 0, width - n), cy = clamp(Math.round(point[1] * height - n / 2), 0, height - n);
   const wide = 2 * side + 3 * border;
   const x = clamp(point[0] < 0.5 ? total - wide - 6 * ratio : 6 * ratio, 0, Math.max(0, total - wide));
-  const y = clamp(point[1] < 0.5 ? h - side - 28 * ratio : 6 * ratio, 0, Math.max(0, h - side - 24 * ratio));
+  const y = clamp(point[1] < 0.5 ? h - side - 28 * ratio : 36 * ratio, 0, Math.max(0, h - side - 24 * ratio));
   context.save();
   context.imageSmoothingEnabled = false;
   context.fillStyle = "#fff";

@@ -12,8 +12,8 @@ const panel = (key) => {
   return Object.assign(made, { title_: title, steps, text, picture });
 };
 for (const key of ["a", "b"]) sides[key] = panel(key);
-const root = make("div", { class: "s3-progress" },
-  make("div", { class: "s3-row" }, doing, clock), bar, make("div", { class: "s3-sides" }, sides.a, sides.b));
+const both = make("div", { class: "s3-sides" }, sides.a, sides.b);
+const root = make("div", { class: "s3-progress" }, make("div", { class: "s3-row" }, doing, clock), bar, both);
 
 let began = null, ticking = 0;
 const seconds = (value) => (value < 60 ? `${value.toFixed(0)} s` : `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`);
@@ -32,6 +32,7 @@ showing(root, (state) => {
     ticking = setInterval(tick, 500);
   }
   root.classList.toggle("s3-failed", Boolean(state.failed));
+  bar.hidden = both.hidden = !state.running; // what is over takes a line
   bar.value = state.fraction;
   doing.textContent = state.doing;
   clock.textContent = seconds(state.seconds);
