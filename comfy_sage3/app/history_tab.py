@@ -10,6 +10,7 @@ from gradio.context import Context
 
 from ..compare import output
 from ..errors import InputError
+from ..study.report import count_of
 from ..study.store import Store
 from . import study_view, words
 from .compare_tab import public, view
@@ -43,7 +44,8 @@ class HistoryTab:
         others = [f"{e.id}: {KINDS[e.kind]}, {e.title}" for e in entries if not e.ours][:MOST_SHOWN]
         if others:
             listed = [{"kind": "list", "items": others}]
-            blocks.append({"kind": "more", "text": f"{len(others)} other folders, left as they are", "blocks": listed})
+            said = f"{count_of(len(others), 'other folder')} in the out folder"
+            blocks.append({"kind": "more", "text": said, "blocks": listed})
         names = [(f"{e.id}: {e.title}"[:120], e.id) for e in ours]
         kept = [name for name in chosen or [] if name in {v for _, v in names}]
         return blocks, gr.update(choices=names, value=kept)

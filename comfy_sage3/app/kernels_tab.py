@@ -105,14 +105,13 @@ def machine_blocks(found: dict[str, Any], hide_paths: bool = False) -> list[Bloc
     said = f"comfy_sage3 {versions['comfy_sage3']}, torch {versions['torch']}, Python {versions['python']}"
     blocks: list[Block] = [{"kind": "quiet", "text": f"{said}; {versions['platform']}"}]
     for device in found["devices"]:
-        rows = [
-            [x["precision"], x["kernel"], x["reason"] + (" (falls back)" if x["fell_back"] else "")]
+        items = [
+            f"{x['precision']} runs as {x['kernel']}{' (falls back)' if x['fell_back'] else ''}: {x['reason']}"
             for x in found["decisions"]
             if x["device"] == device["device"]
         ]
-        heads = ["wished for", "what runs", "why"]
-        title = f"{device['device']}: {device['description']}"
-        blocks.append({"kind": "table", "title": title, "heads": heads, "rows": rows})
+        blocks.append({"kind": "heading", "text": f"{device['device']}: {device['description']}"})
+        blocks.append({"kind": "list", "items": items})
     tests = [
         [t["kernel"] or t["precision"], t["device"], "failed: " + t["error"] if t["error"] else "passed"]
         + (["", ""] if t["error"] else [f"{t['cosine']:.6f}", f"{t['relative_l1']:.6f}"])

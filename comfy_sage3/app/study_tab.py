@@ -81,13 +81,15 @@ class StudyTab:
         try:
             store = self._store(name)
             self._allow(store.sweep)
-            failed = ""
+            asked_to_stop = False
             for state, news in self._watch(store, stop):
-                failed = state["doing"] if state["failed"] and not stop.is_set() else ""
-                yield (state, study_view.summary(study_view.found_in(store)[0]) if news else gr.skip(), *nothing[1:])
-            yield (gr.skip(), *self.show(name))
-            if failed:
-                raise gr.Error(failed, print_exception=False)
+                asked_to_stop = asked_to_stop or stop.is_set()
+                told_now = state if state["running"] else state | {"doing": "drawing the plots", "running": True}
+                words = study_view.summary(study_view.found_in(store)[0]) if news else gr.skip()
+                yield (told_now, words, *nothing[1:])
+            yield (state, *self.show(name))
+            if state["failed"] and not asked_to_stop:
+                raise gr.Error(state["doing"], print_exception=False)
         except Sage3Error as error:
             raise gr.Error(str(error), print_exception=False) from None
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..compare.engine import EMULATED_NOTE
 from ..study import plots
-from ..study.report import CSV, JSON, REPORT, cell_lines, numbers, verdict, write_report
+from ..study.report import CSV, JSON, REPORT, cell_lines, count_of, numbers, verdict, write_report
 from ..study.results import cells, results
 from ..study.store import BROKEN, DONE, Store
 from .words import Block
@@ -24,7 +24,8 @@ CELL_HEADS = ["prompt", "seed", "contestant", "PSNR", "SSIM", "attention error",
 def summary(found: dict[str, Any]) -> list[Block]:
     """What stands above the plots."""
     s = found["sweep"]
-    chips = [f"{len(s['prompts'])} prompts", f"{len(s['seeds'])} seeds", s["size"], f"{s['steps']} steps", *found["devices"]]
+    chips = [count_of(len(s["prompts"]), "prompt"), count_of(len(s["seeds"]), "seed"), s["size"]]
+    chips += [count_of(s["steps"], "step"), *found["devices"]]
     blocks: list[Block] = [{"kind": "verdict", "text": s["name"] or verdict(found)}]
     if s["name"]:
         blocks.append({"kind": "text", "text": verdict(found) + "."})

@@ -194,3 +194,31 @@ def _ticks(values: Sequence[int]) -> tuple[list[int], list[str]]:
     """At most ten ticks, numbered from 1 as people do."""
     every = max(1, -(-len(values) // 10))
     return list(range(0, len(values), every)), [str(v + 1) for v in values[::every]]
+
+
+def benchmark_plot(result: dict[str, Any], theme: str = "light") -> bytes | None:
+    """One result of the attention benchmark: times the speed of PyTorch's SDPA (cuDNN), a group of bars a shape."""
+    from .recorded import BASELINE, shapes_of, whole_calls
+
+    peers = {peer: label for peer, label in whole_calls(result).items() if peer != BASELINE}
+    by = {(row["shape"], row["peer"]): row["ratio"] for row in result["rows"] if row["ratio"] is not None}
+    shapes = [shape for shape in shapes_of(result) if any((shape, peer) in by for peer in peers)]
+    if not shapes:
+        return None
+    figure, axes = _figure(theme, (7.2, 1.2 + 0.1 * len(shapes) * (len(peers) + 1.5)))
+    thick = 0.86 / len(peers)
+    for i, (peer, label) in enumerate(peers.items()):
+        places = [n - 0.43 + (i + 0.5) * thick for n, shape in enumerate(shapes) if (shape, peer) in by]
+        values = [by[shape, peer] for shape in shapes if (shape, peer) in by]
+        axes.barh(places, values, thick * 0.92, color=PALETTE[theme][i % 8], label=label)
+    axes.axvline(1.0, color=INK[theme], linewidth=1.2, label="SDPA cuDNN")
+    axes.set_yticks(range(len(shapes)), shapes)
+    axes.set_ylim(len(shapes) - 0.4, -0.6)
+    axes.set_xlabel("times as fast as SDPA cuDNN, quantisation included")
+    axes.set_title(f"Attention on {result['device']}", fontsize=10, color=INK[theme])
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    legend = figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_color(INK[theme])
+    return _png(figure)

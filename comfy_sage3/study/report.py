@@ -82,6 +82,8 @@ def verdict(found: dict[str, Any]) -> str:
     front = pareto_front([(x, y) for _, x, y in speed_points(found)])
     best = [name for name, x, y in speed_points(found) if (x, y) in front]
     done = [s for s in found["summary"] if s["psnr"]]
+    if len(best) > 1 and len(best) == len(done):
+        return f"Speed costs closeness to exact attention: {_and(best)} are all on the Pareto front"
     if best and len(done) > 1:
         return f"None beats {_and(best)} in both speed and closeness to exact attention"
     if not done:
@@ -105,6 +107,11 @@ def numbers(found: dict[str, Any]) -> str:
     return (f"Medians: {'; '.join(said)}. " if said else "") + count
 
 
+def count_of(number: int, word: str) -> str:
+    """ "1 seed", "2 seeds"."""
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
 def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -115,7 +122,8 @@ def _section(title: str, inner: str) -> str:
 
 def _chips(found: dict[str, Any]) -> str:
     s = found["sweep"]
-    said = [f"{len(s['prompts'])} prompts", f"{len(s['seeds'])} seeds", f"{len(found['summary'])} contestants"]
+    counts = (("prompt", s["prompts"]), ("seed", s["seeds"]), ("contestant", found["summary"]))
+    said = [count_of(len(values), word) for word, values in counts]
     said += [s["size"], f"{s['steps']} steps", f"cfg {s['cfg']:g}", *found["devices"]]
     return "<ul class=chips>" + "".join(f"<li>{escape(x)}</li>" for x in said) + "</ul>"
 
