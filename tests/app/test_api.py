@@ -11,9 +11,10 @@ import pytest
 
 from comfy_sage3.app import kept
 from comfy_sage3.app.blind import VOTES_FILE
-from comfy_sage3.app.form import BUNDLED_GRAPH
+from comfy_sage3.app.form import BUNDLED_GRAPH, WORKFLOWS
+from comfy_sage3.demo.sizes import Size
 
-from .conftest import PROMPT
+from .conftest import PROMPT, FakeEngine
 
 SMALL = [PROMPT, "", 1, 2, 3, "32x32", 5, "exact", "fp4", None, None, "", "", 1, "embedded", "", BUNDLED_GRAPH, None]
 AT = {"prompt": 0, "negative": 1, "seed": 2, "steps": 3, "cfg": 4, "size": 5, "frames": 6, "a": 7, "b": 8, "plan_a": 9}
@@ -260,3 +261,34 @@ def test_two_clients_at_once_each_get_their_own(app):
     for seed, values in found.items():
         assert f"seed {seed}" in json.dumps(values[1])
     assert len(found) == 2
+
+
+def test_an_uploaded_workflow_is_checked_and_reaches_the_server_with_its_own_settings(launch, tmp_path):
+    gradio_client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    asked = []
+
+    class Served(FakeEngine):
+        def check(self, request, sides):
+            asked.append((request.given, sides))
+            self.size = Size(32, 32, 5)
+
+    address, _ = launch(open_workflow=lambda url, given: asked.append(url) or Served())
+    client = gradio_client.Client(address, verbose=False)
+    workflow = json.loads((WORKFLOWS / "flux_dev_text_to_image.json").read_text("utf-8"))
+    (attention,) = (n for n in workflow.values() if n["class_type"] == "Sage3Attention")
+    attention["inputs"] |= {"min_tokens": 77, "emulate": True}
+    good, bad = tmp_path / "mine.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(workflow))
+    attention["class_type"] = "RunShell"
+    bad.write_text(json.dumps(workflow))
+    given = [*SMALL[:14], "server", "http://127.0.0.1:8188", BUNDLED_GRAPH]
+    told = client.predict(*given, gradio_client.handle_file(good), api_name="/compare")
+    assert asked[0] == "http://127.0.0.1:8188"
+    read, (a, b) = asked[1]
+    assert read.name == "mine.json"
+    assert (a.min_tokens, a.emulate, b.precision.value) == (77, True, "fp4")
+    assert told[1][0]["kind"] == "verdict"
+    with pytest.raises(Exception, match="RunShell"):
+        client.predict(*given, gradio_client.handle_file(bad), api_name="/compare")
+    assert len(asked) == 2  # nothing of it was sent
+    client.close()

@@ -100,7 +100,8 @@ def pixel(page, x, y):
     )
 
 
-def test_the_first_sight_is_a_comparison_and_a_prompt(page):
+def test_the_first_sight_is_a_comparison_and_a_prompt(browser, launch):
+    page = opened(browser, launch()[0])
     assert "4-bit attention" in page.locator(".s3-verdict").inner_text()
     assert "Emulated: quality is real, speed is not" in page.locator("#verdict").inner_text()
     assert "circle" in page.locator("#prompt textarea").input_value()
@@ -110,6 +111,9 @@ def test_the_first_sight_is_a_comparison_and_a_prompt(page):
     for row in ("sampling, end to end", "peak GPU memory", "cosine similarity", "PSNR", "motion energy", "noise floor"):
         assert row in numbers
     assert "as fast as A" not in numbers
+    assert page.seen.errors == []
+    assert page.seen.elsewhere == []
+    page.close()
 
 
 def test_a_run_shows_both_sides_while_it_goes_on_and_then_its_result(browser, launch):
