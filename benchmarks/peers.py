@@ -87,8 +87,8 @@ def _ours_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     """The gradient of one forward pass, with what prepares and finishes it; returns dq."""
     ops, scale = _ops(), _scale(q)
     _, _, *saved = ops.int8_attention_saving(q, k, v, None, causal, scale, False, "sm90")
-    heads, keys = k.shape[1], k.shape[2]
-    return lambda: ops.int8_attention_gradient(q, None, *saved, None, heads, keys, causal, scale, False)[0]  # the gradient of out is q
+    heads, keys = k.shape[1], k.shape[2]  # and the gradient of out is q
+    return lambda: ops.int8_attention_gradient(q, None, *saved, None, heads, keys, causal, scale, False)[0]
 
 
 def _no_gradient() -> str | None:

@@ -102,9 +102,12 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   const auto* const made = static_cast<const unsigned char*>(p.call.workspace);
   const int64_t key_tile = blockIdx.x;
   sm90::barrier_expect(&shared.keys_full, sizeof(shared.k8) + sizeof(shared.keys) + sizeof(shared.k_scale));
-  sm90::bulk_copy(shared.k_scale, saved + p.from.k_scale + key_tile * sizeof(shared.k_scale), sizeof(shared.k_scale), &shared.keys_full);
-  sm90::bulk_copy(shared.k8, saved + p.from.k8 + key_tile * sizeof(shared.k8), sizeof(shared.k8), &shared.keys_full);
-  sm90::bulk_copy(&shared.keys, made + p.at.key_blocks + key_tile * sizeof(shared.keys), sizeof(shared.keys), &shared.keys_full);
+  const auto bring = [&](auto& to, const unsigned char* from) {
+    sm90::bulk_copy(&to, from + key_tile * sizeof(to), sizeof(to), &shared.keys_full);
+  };
+  bring(shared.k_scale, saved + p.from.k_scale);
+  bring(shared.k8, saved + p.from.k8);
+  bring(shared.keys, made + p.at.key_blocks);
   Place<C::kStages> place;
   for (int head = 0; head < job.heads; ++head) {
     for (int i = 0; i < job.count; ++i) {
@@ -127,6 +130,13 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   sm90::barrier_await(&shared.empty[place.stage], place.parity ^ 1);
   shared.number[place.stage] = -1;
   sm90::barrier_arrive(&shared.full[place.stage]);
+}
+
+// The 32 bytes of a contraction's step, of a tile of `rows` rows that lies in blocks of kWidth bytes of each (block_offset).
+template <int kWidth>
+__device__ __forceinline__ uint64_t operand(const unsigned char* tile, int rows, int step) {
+  const int byte = 32 * step;
+  return sm90::operand(tile, kWidth) + (byte / kWidth * rows * kWidth + byte % kWidth) / 16;
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
@@ -309,160 +319,158 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   static_assert(C::kStages == 2);
 #pragma unroll 1
   for (int n = 0;; ++n) {
-      const int stage = n % 2;
-      const auto& queries = shared.queries[stage];
-      sm90::barrier_wait(&shared.full[stage], n / 2 % 2);
-      if (shared.number[stage] < 0) break;
+    const int stage = n % 2;
+    const auto& queries = shared.queries[stage];
+    sm90::barrier_wait(&shared.full[stage], n / 2 % 2);
+    if (shared.number[stage] < 0) break;
 
-      sm90::wgmma_begin();
+    sm90::wgmma_begin();
 #pragma unroll
-      for (int step = 0; step < D / 32; ++step) {
-        const int byte = 32 * step;
-        const uint64_t a = sm90::operand(shared.k8 + 64 * half * kRow8, kRow8) + (byte / kRow8 * kKeyTile * kRow8 + byte % kRow8) / 16;
-        const uint64_t b = sm90::operand(queries.q8, kRow8) + (byte / kRow8 * kQueryTile * kRow8 + byte % kRow8) / 16;
-        step == 0 ? sm90::multiply_s8<C::kFirst>(x, a, b) : sm90::multiply_s8<sm90::kAdded>(x, a, b);
-      }
-      sm90::wgmma_commit();
+    for (int step = 0; step < D / 32; ++step) {
+      const uint64_t a = operand<kRow8>(shared.k8 + 64 * half * kRow8, kKeyTile, step);
+      const uint64_t b = operand<kRow8>(queries.q8, kQueryTile, step);
+      step == 0 ? sm90::multiply_s8<C::kFirst>(x, a, b) : sm90::multiply_s8<sm90::kAdded>(x, a, b);
+    }
+    sm90::wgmma_commit();
 #pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        const int byte = 32 * step;
-        const uint64_t a = sm90::operand(shared.keys.v16 + 64 * half * kRow16, kRow16) + (byte / kRow16 * kKeyTile * kRow16 + byte % kRow16) / 16;
-        const uint64_t b = sm90::operand(queries.dout16, kRow16) + (byte / kRow16 * kQueryTile * kRow16 + byte % kRow16) / 16;
-        step == 0 ? sm90::multiply_bf16<C::kFirst>(y, a, b) : sm90::multiply_bf16<sm90::kAdded>(y, a, b);
-      }
-      sm90::wgmma_commit();
+    for (int step = 0; step < D / 16; ++step) {
+      const uint64_t a = operand<kRow16>(shared.keys.v16 + 64 * half * kRow16, kKeyTile, step);
+      const uint64_t b = operand<kRow16>(queries.dout16, kQueryTile, step);
+      step == 0 ? sm90::multiply_bf16<C::kFirst>(y, a, b) : sm90::multiply_bf16<sm90::kAdded>(y, a, b);
+    }
+    sm90::wgmma_commit();
 
-      // P of the thread's keys g and g + 8, queries 8j + 2t and the next.
-      const float k_scale = shared.k_scale[opaque(lane) / 8];  // of both keys: token % 8 is g
+    // P of the thread's keys g and g + 8, queries 8j + 2t and the next.
+    const float k_scale = shared.k_scale[opaque(lane) / 8];  // of both keys: token % 8 is g
+    sm90::wgmma_wait<1>();
+    sm90::pin(x);
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(queries.q_scale + 8 * j + 2 * t);
+      const float2 lse = *reinterpret_cast<const float2*>(queries.lse + 8 * j + 2 * t);
+      const float factor[2] = {scale.x * k_scale, scale.y * k_scale}, shift[2] = {lse.x, lse.y};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[4 * j + e] = __float_as_int(fmaf(__int2float_rn(x[4 * j + e]), factor[e % 2], -shift[e % 2]));
+      }
+    }
+    if constexpr (kMask) {
+      if (shared.mask[stage] != kMaskAll) add_mask(x, p, shared.number[stage], first_key);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = __float_as_int(exp2_approx(as_float(x[i])));
+    const bool late = first_key + 16 > shape.keys;
+    if (late || (p.call.causal && shared.tile[stage] * kQueryTile < first_key + 15)) {
+      const int me = opaque(lane);
+#pragma unroll
+      for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = first_key + me / 4 + 8 * (e / 2), query = shared.tile[stage] * kQueryTile + 8 * j + me % 4 * 2 + e % 2;
+          if (key >= shape.keys || (p.call.causal && key > query)) x[4 * j + e] = 0;
+        }
+      }
+    }
+    float most[2], inverse[2];
+    largest(x, most);
+    row_scale<255>(most, p_scale, inverse);
+#pragma unroll
+    for (int w = 0; w < kScores / 4; ++w) {  // word w: queries 16 (w / 2) on, row w % 2
+      const int i = 8 * (w / 2) + 2 * (w % 2);
+      const float by = inverse[w % 2];
+      p8[w] = pack_u8(as_float(x[i]) * by, as_float(x[i + 1]) * by, as_float(x[i + 4]) * by, as_float(x[i + 5]) * by);
+    }
+
+    sm90::wgmma_wait<0>();
+    sm90::pin(y);
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        y[4 * j + e] = __float_as_int(as_float(x[4 * j + e]) * (as_float(y[4 * j + e]) - (e % 2 ? delta.y : delta.x)));
+      }
+    }
+    multiply(Int<0>{}, x, p8, queries.dout8, kUnsigned);  // under the quantisation of dS
+    largest_magnitude(y, most);
+    row_scale<127>(most, ds_scale, inverse);
+#pragma unroll
+    for (int w = 0; w < kScores / 4; ++w) {
+      const int i = 8 * (w / 2) + 2 * (w % 2);
+      const float by = inverse[w % 2];
+      ds8[w] = pack_s8(as_float(y[i]) * by, as_float(y[i + 1]) * by, as_float(y[i + 4]) * by, as_float(y[i + 5]) * by);
+    }
+    {  // matrix m of a store: queries 8 (j + m / 2) on, keys 8 (m % 2) on of the warp's 16; lane % 8 is the query's row
+      const int me = opaque(threadIdx.x % 128), query = me % 32 / 16 * 8 + me % 8, key = 16 * (me / 32) + me % 16 / 8 * 8;
+      unsigned char* const ds = shared.ds[stage] + half * kQueryTile * 128 + int8::swizzle(query * 128 + 2 * key, 128);
+#pragma unroll
+      for (int j = 0; j < kScores / 4; j += 2) {
+        const auto pair = [&](int i) { return pack_bf16(as_float(y[i]), as_float(y[i + 1])); };
+        sm90::store_turned(ds + j * (8 * 128), pair(4 * j), pair(4 * j + 2), pair(4 * j + 4), pair(4 * j + 6));
+      }
+    }
+    sm90::fence_shared();
+
+    // Two products in flight, the older one's sums taken out under the younger.
+    int(&sums)[kSums] = reinterpret_cast<int(&)[kSums]>(x);
+    if constexpr (kBlocks == 1) {
+      multiply(Int<0>{}, y, ds8, queries.q8t, kSigned);
       sm90::wgmma_wait<1>();
       sm90::pin(x);
-#pragma unroll
-      for (int j = 0; j < kScores / 4; ++j) {
-        const float2 scale = *reinterpret_cast<const float2*>(queries.q_scale + 8 * j + 2 * t);
-        const float2 lse = *reinterpret_cast<const float2*>(queries.lse + 8 * j + 2 * t);
-        const float factor[2] = {scale.x * k_scale, scale.y * k_scale}, shift[2] = {lse.x, lse.y};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          x[4 * j + e] = __float_as_int(fmaf(__int2float_rn(x[4 * j + e]), factor[e % 2], -shift[e % 2]));
-        }
-      }
-      if constexpr (kMask) {
-        if (shared.mask[stage] != kMaskAll) add_mask(x, p, shared.number[stage], first_key);
-      }
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) x[i] = __float_as_int(exp2_approx(as_float(x[i])));
-      const bool late = first_key + 16 > shape.keys;
-      if (late || (p.call.causal && shared.tile[stage] * kQueryTile < first_key + 15)) {
-        const int me = opaque(lane);
-#pragma unroll
-        for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int key = first_key + me / 4 + 8 * (e / 2), query = shared.tile[stage] * kQueryTile + 8 * j + me % 4 * 2 + e % 2;
-            if (key >= shape.keys || (p.call.causal && key > query)) x[4 * j + e] = 0;
-          }
-        }
-      }
-      float most[2], inverse[2];
-      largest(x, most);
-      row_scale<255>(most, p_scale, inverse);
-#pragma unroll
-      for (int w = 0; w < kScores / 4; ++w) {  // word w: queries 16 (w / 2) on, row w % 2
-        const int i = 8 * (w / 2) + 2 * (w % 2);
-        const float by = inverse[w % 2];
-        p8[w] = pack_u8(as_float(x[i]) * by, as_float(x[i + 1]) * by, as_float(x[i + 4]) * by, as_float(x[i + 5]) * by);
-      }
-
-      sm90::wgmma_wait<0>();
-      sm90::pin(y);
-#pragma unroll
-      for (int j = 0; j < kScores / 4; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          y[4 * j + e] = __float_as_int(as_float(x[4 * j + e]) * (as_float(y[4 * j + e]) - (e % 2 ? delta.y : delta.x)));
-        }
-      }
-      largest_magnitude(y, most);
-      row_scale<127>(most, ds_scale, inverse);
-#pragma unroll
-      for (int w = 0; w < kScores / 4; ++w) {
-        const int i = 8 * (w / 2) + 2 * (w % 2);
-        const float by = inverse[w % 2];
-        ds8[w] = pack_s8(as_float(y[i]) * by, as_float(y[i + 1]) * by, as_float(y[i + 4]) * by, as_float(y[i + 5]) * by);
-      }
-      {  // matrix m of a store: queries 8 (j + m / 2) on, keys 8 (m % 2) on of the warp's 16; lane % 8 is the query's row
-        const int me = opaque(threadIdx.x % 128), query = me % 32 / 16 * 8 + me % 8, key = 16 * (me / 32) + me % 16 / 8 * 8;
-        unsigned char* const ds = shared.ds[stage] + half * kQueryTile * 128 + int8::swizzle(query * 128 + 2 * key, 128);
-#pragma unroll
-        for (int j = 0; j < kScores / 4; j += 2) {
-          const auto pair = [&](int i) { return pack_bf16(as_float(y[i]), as_float(y[i + 1])); };
-          sm90::store_turned(ds + j * (8 * 128), pair(4 * j), pair(4 * j + 2), pair(4 * j + 4), pair(4 * j + 6));
-        }
-      }
-      sm90::fence_shared();
-
-      // Two products in flight, the older one's sums taken out under the younger.
-      int(&sums)[kSums] = reinterpret_cast<int(&)[kSums]>(x);
-      multiply(Int<0>{}, x, p8, queries.dout8, kUnsigned);
-      if constexpr (kBlocks == 1) {
-        multiply(Int<0>{}, y, ds8, queries.q8t, kSigned);
-        sm90::wgmma_wait<1>();
-        sm90::pin(x);
-        finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
-      } else {
-        multiply(Int<1>{}, y, p8, queries.dout8, kUnsigned);
-        sm90::wgmma_wait<1>();
-        sm90::pin(x);
-        finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
-        multiply(Int<0>{}, x, ds8, queries.q8t, kSigned);
-        sm90::wgmma_wait<1>();
-        sm90::pin(y);
-        finish(Int<1>{}, dv, y, p_scale, queries.dout_group);
-        multiply(Int<1>{}, y, ds8, queries.q8t, kSigned);
-        sm90::wgmma_wait<1>();
-        sm90::pin(x);
-        finish(Int<0>{}, dk, x, ds_scale, queries.q_group);
-      }
-
-      sm90::sync_threads<1, 256>();  // dS of all keys is there; and the other buffer has been read
-      sm90::wgmma_begin();
-#pragma unroll
-      for (int step = 0; step < kKeyTile / 16; ++step) {
-        const int block = step / 4;  // of 64 keys
-        const uint64_t a = sm90::operand(shared.ds[stage] + block * kQueryTile * 128, 128) + step % 4 * 2;
-        const uint64_t b = sm90::operand(shared.keys.k16 + (block * D + half * (D / 2)) * 128, 128) + step % 4 * 2;
-        step == 0 ? sm90::multiply_bf16<C::kFirst>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
-      }
-      sm90::wgmma_commit();
+      finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
+    } else {
+      multiply(Int<1>{}, y, p8, queries.dout8, kUnsigned);
+      sm90::wgmma_wait<1>();
+      sm90::pin(x);
+      finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
+      multiply(Int<0>{}, x, ds8, queries.q8t, kSigned);
       sm90::wgmma_wait<1>();
       sm90::pin(y);
-      finish(Int<kBlocks - 1>{}, dk, y, ds_scale, queries.q_group);
-      const int number = shared.number[stage];
-      __syncwarp();
-      if (lane == 0) sm90::barrier_arrive(&shared.empty[stage]);
+      finish(Int<1>{}, dv, y, p_scale, queries.dout_group);
+      multiply(Int<1>{}, y, ds8, queries.q8t, kSigned);
+      sm90::wgmma_wait<1>();
+      sm90::pin(x);
+      finish(Int<0>{}, dk, x, ds_scale, queries.q_group);
+    }
 
-      sm90::wgmma_wait<0>();
-      sm90::pin(sums);
-      auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
-      const int thread = opaque(threadIdx.x % 128);
-      int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + int64_t(number) * 2 + half;
-      if constexpr (kDeterministic) {
-        if (thread == 0) sm90::await_count(turns, first_key / kKeyTile);
-        half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
-      }
-      float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + int64_t(number) * (kQueryTile * D) +
-                        int8::grad_sum_offset(half, 0, thread, D);
+    sm90::sync_threads<1, 256>();  // dS of all keys is there; and the other buffer has been read
+    sm90::wgmma_begin();
 #pragma unroll
-      for (int i = 0; i < kSums; i += 4) {
-        sm90::add_to_global(to + int8::grad_sum_offset(0, i, 0, D), as_float(sums[i]), as_float(sums[i + 1]),
-                            as_float(sums[i + 2]), as_float(sums[i + 3]));
-      }
-      if constexpr (kDeterministic) {
-        __threadfence();
-        half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
-        if (thread == 0) sm90::count_one(turns);
-      }
+    for (int step = 0; step < kKeyTile / 16; ++step) {
+      const int block = step / 4;  // of 64 keys
+      const uint64_t a = sm90::operand(shared.ds[stage] + block * kQueryTile * 128, 128) + step % 4 * 2;
+      const uint64_t b = sm90::operand(shared.keys.k16 + (block * D + half * (D / 2)) * 128, 128) + step % 4 * 2;
+      step == 0 ? sm90::multiply_bf16<C::kFirst>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
+    }
+    sm90::wgmma_commit();
+    sm90::wgmma_wait<1>();
+    sm90::pin(y);
+    finish(Int<kBlocks - 1>{}, dk, y, ds_scale, queries.q_group);
+    const int number = shared.number[stage];
+    __syncwarp();
+    if (lane == 0) sm90::barrier_arrive(&shared.empty[stage]);
+
+    sm90::wgmma_wait<0>();
+    sm90::pin(sums);
+    auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
+    const int thread = opaque(threadIdx.x % 128);
+    int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + int64_t(number) * 2 + half;
+    if constexpr (kDeterministic) {
+      if (thread == 0) sm90::await_count(turns, first_key / kKeyTile);
+      half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
+    }
+    float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + int64_t(number) * (kQueryTile * D) +
+                      int8::grad_sum_offset(half, 0, thread, D);
+#pragma unroll
+    for (int i = 0; i < kSums; i += 4) {
+      sm90::add_to_global(to + int8::grad_sum_offset(0, i, 0, D), as_float(sums[i]), as_float(sums[i + 1]),
+                          as_float(sums[i + 2]), as_float(sums[i + 3]));
+    }
+    if constexpr (kDeterministic) {
+      __threadfence();
+      half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
+      if (thread == 0) sm90::count_one(turns);
+    }
   }
   const Job done(p, opaque(blockIdx.x));
   const int head_dim = shape.head_dim, row = first_key + g;
@@ -509,7 +517,9 @@ cudaError_t launch(const Int8Backward& call, cudaStream_t stream) {
 cudaError_t int8_backward_multiply_sm90(const Int8Backward& call, cudaStream_t stream) {
   return with_grad_head_dim(call.shape.d(), [&](auto d) {
     constexpr int D = decltype(d)::value;
-    if (call.mask.data != nullptr) return call.deterministic ? launch<D, true, true>(call, stream) : launch<D, false, true>(call, stream);
+    if (call.mask.data != nullptr) {
+      return call.deterministic ? launch<D, true, true>(call, stream) : launch<D, false, true>(call, stream);
+    }
     return call.deterministic ? launch<D, true, false>(call, stream) : launch<D, false, false>(call, stream);
   });
 }

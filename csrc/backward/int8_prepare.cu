@@ -46,7 +46,9 @@ struct Scale {
   }
 };
 
-__device__ __forceinline__ float byte_of(uint32_t word, int i) { return static_cast<float>(static_cast<signed char>(word >> (8 * i))); }
+__device__ __forceinline__ float byte_of(uint32_t word, int i) {
+  return static_cast<float>(static_cast<signed char>(word >> (8 * i)));
+}
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -68,7 +70,8 @@ __global__ void __launch_bounds__(256) int8_save_tokens(const __grid_constant__ 
   const int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32, rows = int64_t(shape.batch) * shape.heads * shape.queries;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
-  const int64_t bh = row / shape.queries, token = row - bh * shape.queries, batch = bh / shape.heads, head = bh - batch * shape.heads;
+  const int64_t bh = row / shape.queries, token = row - bh * shape.queries;
+  const int64_t batch = bh / shape.heads, head = bh - batch * shape.heads;
   const int64_t from = batch * call.out.stride[0] + head * call.out.stride[1] + token * call.out.stride[2];
   float x[kTurns], most = 0.0f;
 #pragma unroll
@@ -230,8 +233,11 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
     for (int c = 0; c < 4; ++c) {
       uint32_t pair[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pair[i] = pack_bf16(byte_of(word[2 * i], c) * scale[i], byte_of(word[2 * i + 1], c) * scale[i]);
-      *reinterpret_cast<uint4*>(k16 + int8::grad_key_offset(key, channel + c, D)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      for (int i = 0; i < 4; ++i) {
+        pair[i] = pack_bf16(byte_of(word[2 * i], c) * scale[i], byte_of(word[2 * i + 1], c) * scale[i]);
+      }
+      *reinterpret_cast<uint4*>(k16 + int8::grad_key_offset(key, channel + c, D)) =
+          make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
   }
   // V: eight channels of the four keys of a word of v8. Keys past the end are 0, not the mean.
@@ -305,7 +311,8 @@ cudaError_t prepare(const Int8Backward& call, cudaStream_t stream) {
   const int64_t queries = int64_t(shape.batch) * shape.heads * shape.query_tiles();
   const int64_t keys = int64_t(shape.batch) * shape.kv_heads * shape.key_tiles();
   if (check_grid(queries) != cudaSuccess || check_grid(keys) != cudaSuccess) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(static_cast<unsigned char*>(call.workspace) + params.at.sums, 0, params.at.zeroed(), stream);
+  unsigned char* const sums = static_cast<unsigned char*>(call.workspace) + params.at.sums;
+  cudaError_t error = cudaMemsetAsync(sums, 0, params.at.zeroed(), stream);
   if (error != cudaSuccess) return error;
   int8_prepare_keys<D><<<static_cast<unsigned>(keys), 256, 0, stream>>>(params);
   error = cudaGetLastError();

@@ -188,11 +188,19 @@ void run(unsigned blocks, int threads, int shared_bytes, Body body) {
       b.context[t].uc_stack.ss_sp = b.stack[t].get(), b.context[t].uc_stack.ss_size = kStack, b.context[t].uc_link = nullptr;
       makecontext(&b.context[t], start, 0);
     }
+    // Warpgroups are held up now and then, each for as long as it happens: what only their pace keeps in order goes wrong.
+    std::vector<int> hold(b.group.size(), 0);
+    uint32_t dice = 12345;
     for (bool left = true; left;) {
       left = false;
+      for (int& rounds : hold) {
+        dice = dice * 1664525u + 1013904223u;
+        rounds = rounds > 0 ? rounds - 1 : dice >> 28 == 0 ? int(dice >> 20 & 127) : 0;
+      }
       for (int t = 0; t < threads; ++t) {
         if (b.finished[t]) continue;
         left = true, threadIdx.x = t;
+        if (hold[t / 128] > 0) continue;
         swapcontext(&b.main, &b.context[t]);
       }
     }

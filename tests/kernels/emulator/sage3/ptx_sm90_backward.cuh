@@ -27,7 +27,9 @@ inline void barrier_wait(uint64_t* b, uint32_t parity) {
 }
 inline void barrier_await(uint64_t* b, uint32_t parity) { barrier_wait(b, parity); }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* b) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("a bulk copy that is not aligned");
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    emulator::fail("a bulk copy that is not aligned");
+  }
   std::memcpy(to, from, bytes);
   emulator::block->barrier.at(b).bytes -= bytes;
   emulator::block->barrier.at(b).check();
