@@ -190,7 +190,7 @@ def command(m: dict[str, Any]) -> str:
     """The command that makes this comparison again."""
     r, a, b = m["request"], m["sides"]["a"], m["sides"]["b"]
     if r.get("workflow"):
-        server = shlex.quote(m["environment"]["server"])
+        server = shlex.quote(m["environment"].get("server", "URL"))
         return f"python gradio_app.py --engine {server}  # then the workflow {r['workflow']}"
     words = ["python", "-m", "comfy_sage3", "compare", "--prompt", r["prompt"], "--a", a["precision"]]
     words += [

@@ -7,9 +7,9 @@ quarter, or where the temporary folder outlived the app.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -23,42 +23,45 @@ from .test_api import SMALL
 
 
 def resident() -> float:
-    """MiB of this process, which is the app's and the clients'."""
+    """MiB of this process, which is the app's alone: the clients have their own."""
     with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def visit(address: str, minutes: float) -> int:
+    """Come, compare, leave, again and again; a still now and then, which makes files."""
+    ends, runs = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < ends:
+        client = gradio_client.Client(address, verbose=False)
+        client.predict(*[*SMALL[:6], 1 if runs % 3 == 0 else 5, *SMALL[7:]], api_name="/compare")
+        client.close()
+        runs += 1
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
-    minutes = parser.parse_args().minutes
-    ends, seen, runs = time.monotonic() + 60 * minutes, [], [0, 0]
+    parser.add_argument("--visit", metavar="ADDRESS", help="be one of the clients")
+    args = parser.parse_args()
+    if args.visit:
+        return visit(args.visit, args.minutes)
+    ends, seen = time.monotonic() + 60 * args.minutes, []
     with tempfile.TemporaryDirectory() as out, private_folder() as folder:
         page, address = start(Services(Path(out), open_engine=lambda name: FakeEngine(0.01)), host="127.0.0.1", port=0)
-
-        def visit(i: int) -> None:
-            while time.monotonic() < ends:
-                client = gradio_client.Client(address, verbose=False)
-                frames = 1 if runs[i] % 3 == 0 else 5  # a still now and then: those make files
-                client.predict(*[*SMALL[:6], frames, *SMALL[7:]], api_name="/compare")
-                client.close()
-                runs[i] += 1
-
-        visitors = [threading.Thread(target=visit, args=(i,), daemon=True) for i in range(2)]
-        for visitor in visitors:
-            visitor.start()
+        argv = [sys.executable, "-m", "tests.app.soak", "--minutes", str(args.minutes), "--visit", address]
+        visitors = [subprocess.Popen(argv) for _ in range(2)]
         while time.monotonic() < ends:
-            time.sleep(min(60, max(1, 6 * minutes)))
+            time.sleep(min(60, max(1, 6 * args.minutes)))
             files = [path for path in folder.rglob("*") if path.is_file()]
-            size = sum(path.stat().st_size for path in files) / 2**20
+            size, runs = sum(path.stat().st_size for path in files) / 2**20, len(list(Path(out).iterdir()))
             seen.append(resident())
-            print(f"{sum(runs)} runs, {seen[-1]:.0f} MiB, {len(files)} files of {size:.1f} MiB", flush=True)
-        for visitor in visitors:
-            visitor.join(60)
+            print(f"{runs} runs, {seen[-1]:.0f} MiB, {len(files)} files of {size:.1f} MiB", flush=True)
+        failed = [visitor.wait(120) for visitor in visitors]
         page.close(verbose=False)
     settled = seen[len(seen) // 4]
     print(f"memory {settled:.0f} to {seen[-1]:.0f} MiB; temporary folder {'left behind' if folder.exists() else 'gone'}")
-    return 1 if folder.exists() or seen[-1] > 1.1 * settled else 0
+    return 1 if any(failed) or folder.exists() or seen[-1] > 1.1 * settled else 0
 
 
 if __name__ == "__main__":

@@ -192,7 +192,15 @@ def test_every_way_to_look_shows_the_right_pixels(compared):
     page.click("[data-mode=blink]")
     seen = set()
     for _ in range(40):
-        seen.add((page.locator(".s3-left").inner_text(), tuple(pixel(page, 0.75, 0.3))))
+        label, colour = page.evaluate(  # in one go: it may change sides between two questions
+            """() => {
+                const canvas = document.querySelector('[data-testid=player]');
+                const at = [Math.floor(0.75 * canvas.width), Math.floor(0.3 * canvas.height)];
+                const found = canvas.getContext('2d').getImageData(...at, 1, 1).data;
+                return [document.querySelector('.s3-left').textContent, [...found].slice(0, 3)];
+            }"""
+        )
+        seen.add((label, tuple(colour)))
         page.wait_for_timeout(60)
     assert seen == {("A: exact", tuple(grey)), ("B: fp4 (emulated)", tuple(red))}
 
