@@ -8,6 +8,7 @@ import ipaddress
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .services import EMBEDDED, Limits, Services
 LEAST = (6, 31)
 GET_GRADIO = "pip install 'gradio>=6.31,<7'"
 OUT = "runs/app"
+PREFIX = "sage3-app-"  # of the temporary folder; the process's number follows
 SPARE = 2  # places in gradio's own queue beyond those the page gives out, with words: for the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # the visitor's own: none is fetched
 COLOURS = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "#1d4ed8")
@@ -80,8 +82,12 @@ def is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A temporary folder of ours alone (mode 0700) that gradio keeps its files in; gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="sage3-app-"))
+    """A temporary folder of ours alone (mode 0700) that gradio keeps its files in; gone at the end.
+
+    Those of apps that were killed go too.
+    """
+    remove_orphans(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     earlier = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     try:
@@ -92,6 +98,41 @@ def private_folder() -> Iterator[Path]:
         else:
             os.environ["GRADIO_TEMP_DIR"] = earlier
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_orphans(among: Path) -> None:
+    """Remove the folders that this user's apps left when they were killed: those whose process is no more."""
+    if os.name != "posix":  # elsewhere there is no harmless way to ask for a process
+        return
+    for folder in among.glob(f"{PREFIX}*-*"):
+        number = folder.name.removeprefix(PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if number.isdecimal() and folder.lstat().st_uid == os.getuid() and not _alive(int(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM as Ctrl+C, so that a stopped app cleans up like a closed one."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def start(
@@ -150,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         check_gradio()
         services = Services(out=args.out, engine=args.engine, mask_errors=not args.local, limits=Limits())
-        with private_folder():
+        with terminable(), private_folder():
             try:
                 page, address = start(services, host=args.host, port=args.port, login=args.login, names=args.name)
             except OSError as error:

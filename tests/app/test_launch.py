@@ -1,7 +1,11 @@
 """Starting: what flags may be together, what is said where gradio is missing, who is answered, what is left behind."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +72,35 @@ def test_the_temporary_folder_is_private_and_goes_with_the_app():
         assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
         (folder / "left").write_text("x")
     assert not folder.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody can be asked whether a process lives")
+def test_the_folders_of_killed_apps_are_removed_and_no_others(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    orphan, mine, other = (tmp_path / f"sage3-app-{name}" for name in (f"{gone.pid}-x", f"{os.getpid()}-x", "notes"))
+    for folder in (orphan, mine, other):
+        folder.mkdir()
+    launch.remove_orphans(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted((mine, other))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_app_leaves_nothing(gradio, tmp_path, kind):
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    argv = [sys.executable, "gradio_app.py", "--port", "0", "--out", str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    app = subprocess.Popen(argv, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = app.stdout.readline()
+        assert "http://127.0.0.1:" in said, said + app.stdout.read()
+        assert list(tmp_path.glob("sage3-app-*"))
+        app.send_signal(kind)
+        app.communicate(timeout=60)
+    finally:
+        app.kill()
+    assert not list(tmp_path.glob("sage3-app-*"))
 
 
 @pytest.mark.parametrize(
