@@ -11,6 +11,7 @@ from gradio.context import Context
 from ..compare import output
 from ..errors import InputError
 from ..study.report import count_of
+from ..study.results import speed_text
 from ..study.store import Store
 from . import study_view, words
 from .compare_tab import public, view
@@ -106,7 +107,7 @@ class HistoryTab:
             refresh = gr.Button("Look again", min_width=90, elem_id="history-refresh")
         with gr.Row():
             sure = gr.Checkbox(False, label="Delete the chosen runs for good", elem_id="history-sure", min_width=200)
-            delete_button = gr.Button("Delete", variant="stop", min_width=90, elem_id="history-delete")
+            delete_button = gr.Button("Delete", min_width=90, elem_id="history-delete")
         above = widget("blocks", elem_id="history-above")
         player = widget("player", visible=False, elem_id="history-player")
         plots = widget("plots", elem_id="history-plots")
@@ -131,9 +132,8 @@ def compared(row: dict[str, Any]) -> list[str]:
     """One comparison's line in a table of many."""
     psnr = "identical" if row["identical"] else f"{row['psnr']:.1f} dB"
     error = "n/a" if row.get("self_relative_l1") is None else f"{row['self_relative_l1']:.2g}"
-    speed = "emulated" if row["emulated"] else "n/a" if row["speedup"] is None else f"{row['speedup']:.2f}x"
     said = [row["run"], row["prompt"], str(row["seed"]), row["size"], str(row["steps"]), row["a"], row["b"], psnr]
-    return [*said, f"{row['ssim']:.4f}", error, speed]
+    return [*said, f"{row['ssim']:.4f}", error, speed_text(row)]
 
 
 def build(services: Services) -> None:

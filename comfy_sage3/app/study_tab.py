@@ -238,7 +238,7 @@ class StudyTab:
                         for key, label in (("csv", "Table (CSV)"), ("json", "Results (JSON)"), ("report", "report.html"))
                     ]
             with gr.Column(scale=3, min_width=300):
-                chosen = gr.Dropdown([], label="Sweep", elem_id="study-sweep", info="Those in the out folder, newest first.")
+                chosen = gr.Dropdown([], label="Sweeps in the out folder, newest first", elem_id="study-sweep")
                 with gr.Row():
                     resume = gr.Button("Run or go on", min_width=110, elem_id="study-resume")
                     stop_button = gr.Button("Stop", variant="stop", interactive=False, min_width=80, elem_id="study-stop")
@@ -269,16 +269,14 @@ class StudyTab:
         page.unload(self.left)
 
     def _form(self) -> tuple[list[Any], gr.Button]:
-        name = gr.Textbox("", label="Title", max_length=80, elem_id="study-name", placeholder="optional")
+        name = gr.Textbox("", label="Title (optional)", max_length=80, elem_id="study-name")
         prompts = gr.Textbox(PROMPT, label="Prompts, one a line", lines=3, max_length=MOST_TEXT, elem_id="study-prompts")
-        seeds = gr.Textbox(
-            "1, 2", label="Seeds", max_length=MOST_SEEDS_TEXT, elem_id="study-seeds", info="Such as 1, 2, 5-8."
-        )
+        seeds = gr.Textbox("1, 2", label="Seeds, such as 1, 2, 5-8", max_length=MOST_SEEDS_TEXT, elem_id="study-seeds")
         precisions = gr.CheckboxGroup(
             list(CHOICES), value=["fp4", "int8"], label="Against exact", elem_id="study-precisions"
         )
         with gr.Row():
-            size = gr.Dropdown(list(form.SIZES), value="64x64", label="Size", allow_custom_value=True, min_width=110)
+            size = gr.Dropdown(list(form.SIZES), value="128x128", label="Size", allow_custom_value=True, min_width=110)
             frames = gr.Dropdown(list(form.FRAMES), value=5, label="Frames", min_width=90)
         steps = gr.Slider(1, 100, 8, step=1, label="Steps", elem_id="study-steps")
         with gr.Accordion("More", open=False):

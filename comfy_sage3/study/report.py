@@ -18,7 +18,7 @@ from ..compare.output import enlarged
 from ..compare.page import ASSETS, DIFFERENCE_GAIN, _hash, _picture, _png, _uri, amplified_difference
 from ..errors import InputError
 from .plots import box_plots, heat_maps, pareto_front, pareto_plot, speed_points
-from .results import cells, results, to_csv, to_json
+from .results import cells, results, speed_text, to_csv, to_json
 from .store import BROKEN, DONE, Store, put
 
 REPORT, CSV, JSON = "report.html", "results.csv", "results.json"
@@ -229,7 +229,7 @@ def cell_lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """A line a finished cell, as people read it."""
     lines: list[tuple[str, ...]] = []
     for r in (row for row in found["rows"] if row["state"] == DONE):
-        speed = "emulated" if r["emulated"] else "fell back" if r["fell_back"] else _number(r["speedup"], "{:.2f}x")
+        speed = speed_text(r)
         followed = f"{r['followed']} of {r['details']}" if r["details"] else "n/a"
         lines.append(
             (r["prompt"], str(r["seed"]), r["contestant"], "identical" if r["identical"] else f"{r['psnr']:.1f} dB")

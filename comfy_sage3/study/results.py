@@ -100,8 +100,23 @@ def measured(m: dict[str, Any]) -> dict[str, Any]:
     for side, suffix in (("a", "_exact"), ("b", "")):
         for name, key in (("seconds", "sampling_seconds"), ("attention_seconds", "attention_seconds")):
             row[name + suffix] = (timing[side][key] or {}).get("median")
-    ratios = timing["a_over_b"] or {}
+    # Where every call stayed exact there is nothing to be faster by: a ratio would be the machine's own unrest.
+    ratios = (None if never_ran(row) else timing["a_over_b"]) or {}
     return row | {"speedup": ratios.get("sampling_seconds"), "attention_speedup": ratios.get("attention_seconds")}
+
+
+def never_ran(row: dict[str, Any]) -> bool:
+    """Whether every call of a finished cell was kept exact by its own settings."""
+    return bool(row["calls"]) and row["kept_exact"] == row["calls"]
+
+
+def speed_text(row: dict[str, Any], form: str = "{:.2f}x") -> str:
+    """A cell's speed-up, or why it has none."""
+    if row["emulated"] or row["fell_back"]:
+        return "emulated" if row["emulated"] else "fell back"
+    if never_ran(row):
+        return "kept exact"
+    return "n/a" if row["speedup"] is None else form.format(row["speedup"])
 
 
 def summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,12 +125,15 @@ def summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"contestant": name, "cells": len(rows), "done": len(done)}
     found["failed"] = sum(r["state"] == BROKEN for r in rows)
     found |= {key: any(r[key] for r in done) for key in ("emulated", "fell_back")}
+    found["never_ran"] = any(never_ran(r) for r in done)
     found["identical"] = sum(bool(r["identical"]) for r in done)
     for key in ("psnr", "ssim", "floor_psnr", "self_relative_l1", "step_relative_l1", "speedup", "attention_speedup"):
         found[key] = middle([r[key] for r in done])
     found["motion_kept"] = middle([r["motion"] / r["motion_exact"] for r in done if r["motion"] and r["motion_exact"]])
     found |= {key: sum(r[key] or 0 for r in done) for key in ("followed_exact", "followed", "details")}
-    if found["emulated"] or found["fell_back"]:  # of some cells only: a median of the others would mislead
+    if (
+        found["emulated"] or found["fell_back"] or found["never_ran"]
+    ):  # of some cells only: a median of the others would mislead
         found["speedup"] = found["attention_speedup"] = None
     return found
 
@@ -168,7 +186,8 @@ def cells(s: dict[str, Any]) -> tuple[str, ...]:
     """One contestant's line: name, cells, PSNR, floor, SSIM, error, prompt followed, speed-up."""
     psnr = "identical" if s["done"] and s["identical"] == s["done"] else median_text(s["psnr"], "{:.1f} dB")
     floor = median_text(s["floor_psnr"], "{:.1f} dB") if s["floor_psnr"] or not s["done"] else "identical"
-    speed = "emulated" if s["emulated"] else "fell back" if s["fell_back"] else median_text(s["speedup"], "{:.2f}x")
+    reasons = (("emulated", "emulated"), ("fell back", "fell_back"), ("kept exact", "never_ran"))
+    speed = next((text for text, key in reasons if s[key]), median_text(s["speedup"], "{:.2f}x"))
     followed = f"{s['followed']} of {s['details']}" if s["details"] else "n/a"
     error = median_text(s["self_relative_l1"], "{:.2g}")
     done = f"{s['done']} of {s['cells']}" + (f", {s['failed']} failed" if s["failed"] else "")

@@ -124,6 +124,11 @@ class Sweep:
                     "a plan's .json file" if self.engine == EMBEDDED else "the name of a plan that is saved on the server"
                 )
                 raise InputError(f"The plan {contestant.plan_name!r} cannot be used with this engine: give {where}.")
+        if self.engine == EMBEDDED and self.size.tokens < self.min_tokens:
+            raise InputError(
+                f"Videos of {self.size} have {self.size.tokens} tokens, fewer than min_tokens {self.min_tokens}, so that "
+                "every call would stay exact: give a larger size, or a smaller min_tokens."
+            )
         try:
             parse_prompt(self.negative)
         except InputError as error:

@@ -20,6 +20,7 @@ DATA = {
     "size": "32x16x5",
     "steps": 2,
     "repeats": 2,
+    "min_tokens": 0,
 }
 
 

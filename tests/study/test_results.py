@@ -77,6 +77,24 @@ def test_an_emulated_contestant_has_no_speed_anywhere(mixed):
     assert "4.00x" not in page + terminal(found)
 
 
+def test_a_contestant_whose_calls_all_stayed_exact_has_no_speed(store):
+    class Kept(FakeEngine):
+        def generate(self, request, side, on_step):
+            made = super().generate(request, side, on_step)
+            if side.wish == "fp4":
+                made.report[0] |= {"wished": "exact", "kernel": "exact", "reason": "fewer than 64 tokens"}
+            return made
+
+    run(store, lambda name: Kept())
+    found = results(store)
+    fp4, int8 = found["summary"]
+    assert (fp4["never_ran"], fp4["speedup"]) == (True, None)
+    assert int8["speedup"]["median"] == pytest.approx(2.0)
+    assert "kept exact" in terminal(found)
+    assert "kept\u00a0exact" in report_html(store)
+    assert "4.00x" not in terminal(found)
+
+
 def test_with_emulation_only_there_is_no_speed_axis_and_the_page_says_why(store):
     run(store, lambda name: FakeEngine(emulated=True))
     found = results(store)

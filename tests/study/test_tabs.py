@@ -27,7 +27,7 @@ from comfy_sage3.app.services import Services  # noqa: E402
 
 VISITOR = types.SimpleNamespace(session_hash="visitor")
 FORM = {"name": "", "prompts": "a red circle\n\n  a blue square  \n", "seeds": "1, 2", "precisions": ["fp4", "int8"]}
-FORM |= {"plans": None, "size": "32x16", "frames": 5, "steps": 2, "cfg": 3, "repeats": 1, "file": None}
+FORM |= {"plans": None, "size": "128x128", "frames": 5, "steps": 2, "cfg": 3, "repeats": 1, "file": None}
 
 
 @pytest.fixture
@@ -141,6 +141,7 @@ def test_failed_cells_are_shown_with_their_reasons(study, services):
         ({"precisions": ["exact"]}, "Exact attention is side A"),
         ({"precisions": ["fp4", 7]}, "'precisions' has the value '7'"),
         ({"precisions": None}, "'precisions' has the value 'None'"),
+        ({"size": "64x64"}, "32 tokens, fewer than min_tokens 64"),
         ({"size": "9x9"}, "width is 9"),
         ({"size": "../etc"}, "Cannot read the size"),
         ({"frames": 6}, "number of frames is 6"),
