@@ -284,7 +284,7 @@ def _run_training(args: argparse.Namespace) -> int:
     print(f"{args.seeds} inputs of 1 head x {args.tokens} tokens x {training_numerics.HEAD_DIM}; errors against fp64\n")
     made = training_numerics.tables(args.seeds, args.tokens)
     for table in made:
-        print(markdown(table), end="\n\n", flush=True)
+        print(training_numerics.markdown(table), end="\n\n", flush=True)
     if args.json:
         _write_json(Path(args.json), {"seeds": args.seeds, "tokens": args.tokens, "tables": [asdict(t) for t in made]})
     return 0

@@ -75,3 +75,9 @@ def tables(seeds: int, tokens: int, sigmas: Sequence[float] = SIGMAS) -> list[Ta
         Table("training", f"8-bit training, N(0,1), {tokens} tokens", rows(main)),
         Table("sigma", f"Q and K times sigma, {tokens} tokens", rows(sweep)),
     ]
+
+
+def markdown(table: Table) -> str:
+    """The table as docs/numerics.md shows it: cosines that are all but 1 need their digits."""
+    lines = [f"| {table.title} | cosine | relative L1 |", "| --- | ---: | ---: |"]
+    return "\n".join(lines + [f"| {r.label} | {r.cosine:.5f} | {r.relative_l1:.4f} |" for r in table.rows])

@@ -1,0 +1,61 @@
+"""``numerics --training``: the bars of accuracy, and what each of our choices gains over the paper's."""
+
+import pytest
+import torch
+
+from comfy_sage3 import training_numerics
+from comfy_sage3.cli import main
+from comfy_sage3.errors import InputError
+from comfy_sage3.reference import Int8Options
+
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def rows():
+    made = training_numerics.tables(seeds=1, tokens=TOKENS, sigmas=(1.0, 5.0))
+    return {row.label: row for table in made for row in table.rows}
+
+
+@pytest.mark.parametrize(("name", "bar"), [("O", 0.9995), ("dQ", 0.999), ("dK", 0.999), ("dV", 0.999)])
+def test_the_bars_on_normal_inputs(rows, name, bar):
+    assert rows[f"{name}, ours"].cosine >= bar
+
+
+@pytest.mark.parametrize("name", ["dQ", "dK", "dV"])
+def test_a_scale_for_a_row_leaves_less_than_half_the_error_of_one_for_a_block(rows, name):
+    assert rows[f"{name}, ours"].relative_l1 < 0.5 * rows[f"{name}, paper (P V in INT8)"].relative_l1
+
+
+@pytest.mark.parametrize("name", ["dQ", "dK"])
+@pytest.mark.parametrize("sigma", [1, 5])
+def test_no_worse_than_the_paper_at_any_sharpness(rows, name, sigma):
+    ours, paper = (rows[f"{name}, sigma {sigma}, {method}"] for method in ("ours", "paper (P V in FP8)"))
+    assert ours.cosine >= paper.cosine
+
+
+@pytest.mark.parametrize("name", ["dQ", "dK"])
+def test_dout_v_in_8_bits_is_worse(rows, name):
+    assert rows[f"{name}, paper, dO V^T in INT8"].relative_l1 > rows[f"{name}, paper (P V in INT8)"].relative_l1
+
+
+def test_unquantised_it_is_the_exact_gradient():
+    """The algebra of the row form is that of the block form, which is checked against autograd."""
+    x = training_numerics.inputs(0, 200)
+    options = Int8Options(pv="int8", gradient_scales="row", quantize=False)
+    for got, want in zip(training_numerics.computed(x, options), training_numerics.exact(*x), strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_command_prints_both_tables(capsys):
+    assert main(["numerics", "--training", "--seeds", "1", "--tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "| dK, ours |" in printed
+    assert "| dQ, sigma 10, paper (P V in FP8) |" in printed
+
+
+def test_bad_choices_are_one_sentence(capsys):
+    assert main(["numerics", "--training", "--tokens", "0"]) == 2
+    assert "--tokens is 0" in capsys.readouterr().err
+    with pytest.raises(InputError, match='needs do_v "high"'):
+        Int8Options(gradient_scales="row", do_v="int8")
