@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from comfy_sage3.errors import InputError
-from comfy_sage3.plan.plan import LayerPlan
-from comfy_sage3.plan.plan import MOST_BYTES, Budget
+from comfy_sage3.plan.plan import MOST_BYTES, Budget, LayerPlan
 from comfy_sage3.plan.report import report
 from comfy_sage3.precision import Precision
 
