@@ -23,6 +23,7 @@ LEAST = (6, 31)
 GET_GRADIO = "pip install 'gradio>=6.31,<7'"
 OUT = "runs/app"
 PREFIX = "sage3-app-"  # of the temporary folder; the process's number follows
+SESSIONS = 100  # whose state is remembered; gradio would keep 10,000
 SPARE = 2  # places in gradio's own queue beyond those the page gives out, with words: for the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # the visitor's own: none is fetched
 COLOURS = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "#1d4ed8")
@@ -168,6 +169,7 @@ def start(
         ssr_mode=False,
         mcp_server=False,
         strict_cors=True,
+        state_session_capacity=SESSIONS,
         app_kwargs={"middleware": [Middleware(Guard, names=allowed)]},
         css=style(),
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO).set(**COLOURS),
