@@ -56,7 +56,7 @@ def box_plots(found: dict[str, Any], theme: str = "light") -> bytes | None:
             axes.set_yscale("log")
             axes.margins(y=0.25)
             for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                ticks(lambda value, _: f"{value:.1g}")
+                ticks(_sparse(axes))
         axes.set_xticks(range(len(names)), [short(name) for name in names], rotation=0 if len(names) < 4 else 30)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.set_title(title, fontsize=9, color=INK[theme])
@@ -107,6 +107,16 @@ def error_grids(store: Store) -> dict[str, tuple[np.ndarray, list[int], list[int
             grid[layers.index(layer), steps.index(step)] = float(np.mean(values))
         found[name] = (grid, layers, steps)
     return found
+
+
+def _sparse(axes: Any) -> Any:
+    """Labels at 1, 2 and 5 of every decade; at all of them where the axis spans less than half a decade."""
+
+    def label(value: float, _: Any) -> str:
+        text, (low, high) = f"{value:.1g}", axes.get_ylim()
+        return text if high < 3 * low or text.strip("0.")[:1] in ("1", "2", "5") else ""
+
+    return label
 
 
 def pareto_plot(found: dict[str, Any], theme: str = "light") -> bytes | None:
