@@ -121,7 +121,7 @@ def find_chromium(playwright):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright is open, its event loop runs, and no other test could run one
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
     with api.sync_playwright() as playwright:
