@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from comfy_sage3.errors import InputError
+from comfy_sage3.files import put
 
 SCHEMA = 1
 NONE = "–"
@@ -50,15 +49,7 @@ def read(path: Path) -> dict[str, Any]:
 def replace(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    put(path, content)
 
 
 # ------------------------------------------------------------------------------------------------ Markdown

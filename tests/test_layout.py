@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
     ("reference",),
     ("precision", "report", "metrics", "workflow"),
-    ("errors",),
+    ("errors", "files"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OF_ROOM = {  # modules that belong to a room of another name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 
 from ..errors import InputError
-from ..plan.plan import MOST_BYTES, LayerPlan
+from ..files import put
+from ..plan.plan import LayerPlan, read
 
 FOLDER, SUFFIX = "sage3_plans", ".json"
 LONGEST = 80
@@ -44,14 +43,7 @@ def save(name: str, plan: LayerPlan) -> Path:
         raise InputError(f"A plan cannot be saved as {name!r}: use letters and digits.")
     path = folder() / f"{fit}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(plan.to_json())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    put(path, plan.to_json().encode())
     return path
 
 
@@ -60,9 +52,4 @@ def load(name: str) -> LayerPlan:
     if name not in saved():
         raise InputError(f"There is no saved plan {name!r}: make one with Sage3 Precision Plan and give it a file name.")
     path = folder() / f"{name}{SUFFIX}"
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The plan {name!r} cannot be read ({type(error).__name__}): make it again.") from error
-    return LayerPlan.from_json(text)
+    return read(path, f"The plan {name!r}", "make it again")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..demo.sizes import MIN_TOKENS
-from ..errors import InputError
-from ..plan.plan import MOST_BYTES, LayerPlan
+from ..plan.plan import LayerPlan, read
 from ..precision import Precision
 from .engine import Side
 
@@ -22,9 +21,4 @@ def read_side(label: str, text: str, emulate: bool = True, min_tokens: int = MIN
 
 def read_plan(path: Path) -> LayerPlan:
     """The plan in a file. Raises InputError where it cannot be read or is no plan."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The plan {path} cannot be read ({type(error).__name__}): check the path.") from None
-    return LayerPlan.from_json(text)
+    return read(path, f"The plan {path}", "check the path")

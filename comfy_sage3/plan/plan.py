@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
@@ -280,6 +281,16 @@ def _count(said: Any, name: str, least: int) -> int:
     if isinstance(said, bool) or not isinstance(said, int) or not least <= said <= MOST_STEPS:
         _wrong(f'"{name}" has a value that is not a whole number from {least} up')
     return said
+
+
+def read(path: Path, what: str, remedy: str) -> LayerPlan:
+    """The plan in a file. Raises InputError, which names ``what`` and the ``remedy``, where there is no such plan."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} cannot be read ({type(error).__name__}): {remedy}.") from None
+    return LayerPlan.from_json(text)
 
 
 def _precision(said: Any, allowed: tuple[Precision, ...]) -> Precision:

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not folder.is_dir():
         print(f"error: there is no {folder.name} folder of the benchmark here: run this in a checkout.", file=sys.stderr)
         return 2
-    from .store import put
+    from ..files import put
 
     put(FILE, (json.dumps(gather(folder), indent=0, allow_nan=False) + "\n").encode())
     print(f"wrote {FILE.name}: {', '.join(r['device'] for r in recorded())}")

@@ -17,9 +17,10 @@ from ..compare.engine import EMULATED_NOTE
 from ..compare.output import enlarged
 from ..compare.page import ASSETS, DIFFERENCE_GAIN, _hash, _picture, _png, _uri, amplified_difference
 from ..errors import InputError
+from ..files import put
 from .plots import box_plots, heat_maps, pareto_front, pareto_plot, speed_points
 from .results import cells, results, speed_text, to_csv, to_json
-from .store import BROKEN, DONE, Store, put
+from .store import BROKEN, DONE, Store
 
 REPORT, CSV, JSON = "report.html", "results.csv", "results.json"
 NOT_TIMED = "–"

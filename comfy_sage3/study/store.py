@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from ..compare.measure import SCHEMA as COMPARISON
 from ..compare.measure import Comparison, json_safe
 from ..compare.output import METRICS, replaced, write
 from ..errors import InputError
+from ..files import put
 from ..kernels.jit.lock import UNSUPPORTED, try_lock
 from . import baseline as baselines
 from .baseline import Baseline
@@ -167,19 +166,6 @@ class Store:
         for kind in (CELLS, EXACT):
             for left in (self.out / kind).glob(f".{name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def _clear(folder: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -79,8 +80,10 @@ def latent(paths, side):
 def by_layers(outputs):
     """The plan, where the model says which layer calls."""
     plan = plan_of(outputs)
-    if plan.layers == ("",):
+    version = re.search(r'__version__ = "(\d+)\.(\d+)', (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8"))
+    if (int(version[1]), int(version[2])) < (0, 5):  # from there on Wan says which layer calls
         pytest.skip("this ComfyUI does not say which layer calls, so the plan has one row")
+    assert plan.layers != ("",)
     return plan
 
 
