@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .prompts import embed
+from .prompts import Scene, embed
 from .sizes import Size, shift_of, tokens_of
 
 
@@ -24,7 +24,7 @@ def initial_noise(size: Size, seed: int) -> Tensor:
 
 
 def velocity(
-    transformer: Any, latents: Tensor, sigma: float, prompts: list[str], cfg: float, negative: str = ""
+    transformer: Any, latents: Tensor, sigma: float, prompts: Sequence[str | Scene], cfg: float, negative: str = ""
 ) -> Tensor:
     """The model's velocity (noise - x0) at noise level ``sigma`` with classifier-free guidance, float32.
 
@@ -36,7 +36,7 @@ def velocity(
     x = latents.to(device, dtype)
     time = torch.full((len(x),), sigma * 1000, device=device)
 
-    def predict(texts: list[str]) -> Tensor:
+    def predict(texts: Sequence[str | Scene]) -> Tensor:
         states = torch.stack([embed(text) for text in texts]).to(device, dtype)
         return transformer(x, time, states, return_dict=False)[0].float()
 
@@ -51,7 +51,7 @@ def velocity(
 def integrate(
     transformer: Any,
     noise: Tensor,
-    prompts: list[str],
+    prompts: Sequence[str | Scene],
     *,
     steps: int = 20,
     cfg: float = 3.0,

@@ -18,11 +18,12 @@ STILL = 0.10  # displacements below this fraction of the frame are no motion
 FIT_SIDE = 64  # shapes are fitted on masks of this many pixels
 
 
-def adherence(video: Tensor, scene: Scene) -> dict[str, bool | None]:
+def adherence(video: Tensor, scene: Scene, shapes: tuple[str, ...] = SHAPES) -> dict[str, bool | None]:
     """What of ``scene`` the video shows.
 
-    video: (3, T, H, W) in [-1, 1]. Returns, for each of ``ASPECTS``, whether every object (or the background)
-    came out as asked, and None where the scene leaves that aspect open.
+    video: (3, T, H, W) in [-1, 1]. ``shapes`` are those an object may be found to have, as ``signed_distance`` numbers them.
+    Returns, for each of ``ASPECTS``, whether every object (or the background) came out as asked, and None where the scene
+    leaves that aspect open.
     """
     video = video.float()
     border = torch.cat([video[:, :, :3].flatten(1), video[:, :, -3:].flatten(1)], 1)
@@ -33,7 +34,7 @@ def adherence(video: Tensor, scene: Scene) -> dict[str, bool | None]:
     verdicts: dict[str, list[bool]] = {aspect: [] for aspect in ASPECTS}
     if scene.background:
         verdicts["background"].append(BACKGROUNDS[background] == scene.background)
-    for wished, found in _match(scene.objects, _objects(video, foreground, len(scene.objects))):
+    for wished, found in _match(scene.objects, _objects(video, foreground, len(scene.objects), shapes)):
         for aspect, value in found.items():
             asked = getattr(wished, aspect)
             if asked is not None:
@@ -60,7 +61,7 @@ def _nearest(rgb: Tensor, palette: Tensor) -> int:
     return int((unit_range(palette).to(rgb) - rgb).square().sum(-1).argmin())
 
 
-def _objects(video: Tensor, foreground: Tensor, count: int) -> list[dict[str, str]]:
+def _objects(video: Tensor, foreground: Tensor, count: int, shapes: tuple[str, ...]) -> list[dict[str, str]]:
     """The attributes of up to ``count`` objects: one is the whole foreground, two are its two commonest colours."""
     if count == 0:
         return []
@@ -70,7 +71,7 @@ def _objects(video: Tensor, foreground: Tensor, count: int) -> list[dict[str, st
         label = (video[None] - palette.view(-1, 3, 1, 1, 1)).square().sum(1).argmin(0)
         area = torch.stack([(foreground & (label == c)).sum() for c in range(len(COLOURS))])
         masks = [foreground & (label == int(c)) for c in area.topk(count).indices]
-    return [_attributes(video, mask, PAIR_SCALE if count > 1 else 1.0) for mask in masks]
+    return [_attributes(video, mask, PAIR_SCALE if count > 1 else 1.0, shapes) for mask in masks]
 
 
 def _match(wished: tuple[Object, ...], found: list[dict[str, str]]) -> list[tuple[Object, dict[str, str]]]:
@@ -83,7 +84,7 @@ def _match(wished: tuple[Object, ...], found: list[dict[str, str]]) -> list[tupl
     return pairs
 
 
-def _attributes(video: Tensor, mask: Tensor, scale: float) -> dict[str, str]:
+def _attributes(video: Tensor, mask: Tensor, scale: float, shapes: tuple[str, ...]) -> dict[str, str]:
     weight = mask.float()
     inner = (F.avg_pool2d(weight[:, None], 3, 1, 1)[:, 0] > 0.99).float()  # away from the blended outline
     inner = inner if inner.sum() > 0 else weight
@@ -104,24 +105,24 @@ def _attributes(video: Tensor, mask: Tensor, scale: float) -> dict[str, str]:
     else:
         motion = "up" if dy < 0 else "down"
     middle = mask.shape[0] // 2
-    shape, radius = _fit_shape(weight[middle], float(cx[middle]), float(cy[middle]))
+    shape, radius = _fit_shape(weight[middle], float(cx[middle]), float(cy[middle]), len(shapes))
     assert motion in MOTIONS
     return {
         "colour": COLOURS[colour],
-        "shape": SHAPES[shape],
+        "shape": shapes[shape],
         "motion": motion,
         "size": "small" if radius < float(RADIUS[0, 1] + RADIUS[1, 0]) / 2 * scale else "large",
         "speed": "slowly" if max(abs(dx), abs(dy)) < float(TRAVEL[0, 1] + TRAVEL[1, 0]) / 2 * scale else "quickly",
     }
 
 
-def _fit_shape(mask: Tensor, cx: float, cy: float) -> tuple[int, float]:
-    """The template (shape, radius) whose overlap with the mask (intersection over union) is best."""
+def _fit_shape(mask: Tensor, cx: float, cy: float, count: int) -> tuple[int, float]:
+    """The template (one of ``count`` shapes, radius) whose overlap with the mask (intersection over union) is best."""
     small = F.interpolate(mask[None, None], (FIT_SIDE, FIT_SIDE), mode="area")[0, 0]
     axis = (torch.arange(FIT_SIDE, device=mask.device) + 0.5) / FIT_SIDE
     radii = torch.linspace(0.08, 0.30, 23, device=mask.device)
     lifts = torch.linspace(-0.06, 0.04, 6, device=mask.device)  # a triangle's centroid is not its centre
-    shapes = torch.arange(len(SHAPES), device=mask.device)
+    shapes = torch.arange(count, device=mask.device)
     x = (axis - cx).view(1, 1, 1, 1, -1)
     y = (axis - cy).view(1, 1, 1, -1, 1) - lifts.view(1, 1, -1, 1, 1)
     distance = signed_distance(shapes.view(-1, 1, 1, 1, 1), x, y, radii.view(1, -1, 1, 1, 1))

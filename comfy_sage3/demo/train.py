@@ -86,6 +86,8 @@ def fastest_attention() -> AbstractContextManager[Any]:
 class Trainer:
     """AdamW with warm-up, a constant rate and a linear decay over the last part of a time budget; EMA; checkpoints."""
 
+    warmup = 200  # steps
+
     def __init__(self, name: str, module: Any, args: argparse.Namespace, rate: float, decay: float) -> None:
         self.path = args.out / f"{name}.checkpoint.safetensors"
         self.module, self.budget, self.slice, self.rate, self.decay = module, args.budget, args.slice, rate, decay
@@ -115,19 +117,25 @@ class Trainer:
             yield self.step
         self._save()
 
-    def update(self, loss: Tensor, log: dict[str, float] | None = None) -> None:
-        """One optimizer and EMA step; the loss is logged every 100."""
-        rate = self.rate * min(1, (self.step + 1) / 200) * max(0.01, min(1, (1 - self.progress) / self.decay))
+    def descend(self, loss: Tensor) -> Tensor:
+        """One optimizer and EMA step. Returns the norm of the gradient before it was clipped, on the device."""
+        warm = min(1, (self.step + 1) / self.warmup)
+        rate = self.rate * warm * max(0.01, min(1, (1 - self.progress) / self.decay))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
+        return norm
+
+    def update(self, loss: Tensor, log: dict[str, float] | None = None) -> None:
+        """One step; the loss is logged every 100."""
+        self.descend(loss)
         if self.step % 100 == 0 or self.step < 3:
             seconds = self.progress * self.budget
             row = {"step": self.step + self.offset, "seconds": round(seconds, 1), "loss": round(loss.item(), 5)}
@@ -345,21 +353,46 @@ class TextTable:
 
 
 class LatentSet:
-    """Clips of one size, encoded once, drawn at random."""
+    """Clips of one size, encoded once, drawn at random. ``latents`` are normalised, fp16 (clips, 16, T', H/8, W/8)."""
 
-    def __init__(self, vae: Any, size: Size, count: int, batch: int, generator: torch.Generator) -> None:
+    def __init__(self, labels: Labels, latents: Tensor, batch: int) -> None:
+        self.labels, self.latents, self.batch = labels, latents, batch
+
+    @classmethod
+    def fresh(cls, vae: Any, size: Size, count: int, batch: int, generator: torch.Generator) -> LatentSet:
+        """``count`` new clips without any combination that is held out."""
         labels = random_labels(int(count * 1.25) + 8, generator)
         keep = (~held_out(labels)).nonzero().flatten()[:count]
-        self.labels = Labels(labels.objects[keep], labels.present[keep], labels.background[keep])
-        latents = encoded(vae, self.labels, size, generator)
-        mean, std = latent_statistics(vae, latents)
-        self.latents, self.batch, self.size = ((latents - mean) / std).half(), batch, size
+        labels = Labels(labels.objects[keep], labels.present[keep], labels.background[keep])
+        return cls(labels, normalised(vae, labels, size, generator), batch)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Labels]:
         """(batch, 16, T', H/8, W/8) in float32, and the labels."""
         rows = torch.randint(len(self.labels), (self.batch,), generator=generator, device=generator.device)
         labels = Labels(self.labels.objects[rows], self.labels.present[rows], self.labels.background[rows])
         return self.latents[rows].float(), labels
+
+
+def normalised(vae: Any, labels: Labels, size: Size, generator: torch.Generator) -> Tensor:
+    """Latents of freshly drawn clips as the transformer sees them, fp16 (B, 16, T', H/8, W/8)."""
+    latents = encoded(vae, labels, size, generator)
+    mean, std = latent_statistics(vae, latents)
+    return ((latents - mean) / std).half()
+
+
+def flow_loss(model: Any, clean: Tensor, states: Tensor, shift: float, generator: torch.Generator) -> Tensor:
+    """The training loss of one batch at random noise levels: see ``velocity_loss``."""
+    level = torch.sigmoid(torch.randn(len(clean), generator=generator, device=clean.device))
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    return velocity_loss(model, clean, noise, shift * level / (1 + (shift - 1) * level), states)
+
+
+def velocity_loss(model: Any, clean: Tensor, noise: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity (noise - clean), with one noise level ``sigma`` (B,) a clip."""
+    with bf16(clean.device), fastest_attention():
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        predicted = model(noisy, sigma * 1000, states, return_dict=False)[0]
+    return F.mse_loss(predicted.float(), noise - clean)
 
 
 def train_transformer(args: argparse.Namespace) -> None:
@@ -371,7 +404,7 @@ def train_transformer(args: argparse.Namespace) -> None:
     begun_at = trainer.step + trainer.offset
     generator = torch.Generator(args.device).manual_seed(2 + begun_at)  # every slice sees clips of its own
     begun = time.monotonic()
-    sets = {size: LatentSet(vae, size, n, batch, generator) for size, (n, batch) in LATENT_SETS.items()}
+    sets = {size: LatentSet.fresh(vae, size, n, batch, generator) for size, (n, batch) in LATENT_SETS.items()}
     del vae
     print(f"encoded {sum(n for n, _ in LATENT_SETS.values())} clips in {time.monotonic() - begun:.0f} s", flush=True)
 
@@ -381,16 +414,9 @@ def train_transformer(args: argparse.Namespace) -> None:
         size = _phase(trainer.progress, step)
         clean, labels = sets[size].draw(generator)
         states = text.tokens(labels, generator, drop_all=0.1, drop=0.05)
-        level = torch.sigmoid(torch.randn(len(clean), generator=generator, device=args.device))
-        shift = size.shift
-        sigma = (shift * level / (1 + (shift - 1) * level)).view(-1, 1, 1, 1, 1)
-        noise = torch.randn(clean.shape, generator=generator, device=args.device)
-        with bf16(args.device), fastest_attention():
-            noisy = torch.lerp(clean, noise, sigma)
-            # The last phase has few small clips: not worth compiling for them again after a resume.
-            run_model = model if size == SMALL_SIZE and trainer.progress > 0.6 else forward
-            predicted = run_model(noisy, sigma.flatten() * 1000, states, return_dict=False)[0]
-        trainer.update(F.mse_loss(predicted.float(), noise - clean), {"tokens": size.tokens})
+        # The last phase has few small clips: not worth compiling for them again after a resume.
+        run_model = model if size == SMALL_SIZE and trainer.progress > 0.6 else forward
+        trainer.update(flow_loss(run_model, clean, states, size.shift, generator), {"tokens": size.tokens})
 
     seen = {str(size): {"clips": n, "batch": b} for size, (n, b) in LATENT_SETS.items()}
     slices.append({"steps": trainer.step + trainer.offset - begun_at, "seen": seen})
