@@ -91,12 +91,6 @@ def _ours_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     return lambda: ops.int8_attention_gradient(q, None, *saved, None, heads, keys, causal, scale, False)[0]
 
 
-def _no_gradient() -> str | None:
-    if missing := _no_kernel("sm90")():
-        return missing
-    return None if hasattr(_ops(), "int8_attention_gradient") else "the library was built without SAGE3_TRAINING=1"
-
-
 def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA GPU"
 
@@ -215,7 +209,7 @@ PEERS: tuple[Peer, ...] = (
             ("efficient", "SDPA efficient", "EFFICIENT_ATTENTION", _no_cuda),
         )
     ),
-    Peer("sm90-backward", "int8-sm90, backward", END_TO_END, _ours_backward, _no_gradient, direction="backward"),
+    Peer("sm90-backward", "int8-sm90, backward", END_TO_END, _ours_backward, _no_kernel("sm90"), direction="backward"),
 )  # fmt: skip
 
 
@@ -226,9 +220,7 @@ def chosen(names: Sequence[str] | None, backward: bool) -> tuple[Peer, ...]:
         if name not in known:
             raise InputError(f"Unknown peer {name!r}: choose from {', '.join(known)}.")
     wanted = known if names is None else names
-    return tuple(
-        p for p in PEERS if p.name.removesuffix("-backward") in wanted and (backward or p.direction == "forward")
-    )
+    return tuple(p for p in PEERS if p.name.removesuffix("-backward") in wanted and (backward or p.direction == "forward"))
 
 
 def quantisation_bytes(shape: Shape, element_size: int, workspace_bytes: int) -> int:

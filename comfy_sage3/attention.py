@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import COMPILED, Call, Decision, choose
-from .kernels import exact, freeing, ops
+from .kernels import exact, freeing, ops, training
 from .kernels.devices import capability_of
 from .precision import Precision
 from .report import Report, note_of, process_report
@@ -19,6 +19,8 @@ _EMULATED = {
     "int8-emulated": ops.int8_attention,
     "int8-fast-emulated": ops.int8_fast_attention,
 }
+TRAINED = {"int8-sm90": training.attend}
+"""What a compiled kernel runs where gradients are needed: an op with the arguments and results of ``training.attend``."""
 
 
 @overload
@@ -86,9 +88,9 @@ def attention(
             emulated, or exact attention for few keys). A call that cannot be served falls back fp4 -> int8 -> exact;
             the report says why. int8-fast reads exponentials off the bits of a number, within 6 % each: on Hopper it
             is faster than int8 at 1.6 times its error, elsewhere int8 runs instead. int8 has compiled kernels for
-            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), for inference;
-            they are built on first use, which can take minutes. fp4 has one for Blackwell (sm_120, sm_121), checked
-            by emulation and not yet run on such a GPU.
+            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), the Hopper
+            one with gradients in 8 bits; they are built on first use, which can take minutes. fp4 has one for Blackwell
+            (sm_120, sm_121), checked by emulation and not yet run on such a GPU.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
@@ -97,24 +99,60 @@ def attention(
     Returns:
         out, in q's layout and dtype (under autocast its dtype), fresh memory; with ``return_lse`` also
         lse, float32 (B, H, Lq), -inf for rows that attend nothing. A compiled kernel's out lies in memory as
-        ``torch.empty_like(q)`` does (contiguous, where q's channels are not dense). fp4 and the compiled kernels
-        give no gradients, so a call whose inputs require grad runs as emulated int8 (if ``emulate``) or exact;
-        the gradient of lse is always the exact one.
+        ``torch.empty_like(q)`` does (contiguous, where q's channels are not dense). Where q, k or v require grad,
+        int8 gives gradients in 8 bits on Hopper (head_dim up to 128) and emulated; fp4 and int8-fast run as int8, "auto"
+        and what has no such kernel as exact. Deterministic under ``torch.use_deterministic_algorithms``. A mask that
+        requires grad gets its gradient from exact attention. See ``comfy_sage3.training``.
 
     Raises:
         InputError: an argument that cannot be used as it is, and NaN in the inputs (on CPU and in emulated
             kernels, which refuse infinity too; a GPU kernel is never held up to look for it).
     """
+    out, lse = attend(
+        q, k, v, mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, layout=layout, precision=precision,
+        return_lse=return_lse, emulate=emulate, report=report, deterministic=None,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    layout: str,
+    precision: str | Precision,
+    return_lse: bool,
+    emulate: bool,
+    report: Report | None,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``attention`` -> (out, lse, or None where it was not asked for), with one choice more.
+
+    deterministic: add up gradients in a fixed order; None follows ``torch.are_deterministic_algorithms_enabled``.
+    """
     wished = Precision.parse(precision).value
     token_major = checks.layout(layout)
     q, k, v, mask, scale = _checked(q, k, v, mask, scale, enable_gqa, token_major)
-    decision = choose(_call(q, k, v, mask, bool(is_causal)), wished, emulate=emulate)
+    call = _call(q, k, v, mask, bool(is_causal))
+    decision = choose(call, wished, emulate=emulate)
     if report is None:
         report = process_report
-    out, lse = _run(decision, wished, q, k, v, mask, bool(is_causal), scale, return_lse, report)
+    if decision.kernel in COMPILED and call.needs_grad:
+        note = note_of(report, wished, decision.kernel, decision.reason, decision.fell_back)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
+        run = TRAINED[decision.kernel]
+        out, lse, *_ = run(q, k, v, mask, bool(is_causal), scale, return_lse, deterministic, note)
+    else:
+        out, lse = _run(decision, wished, q, k, v, mask, bool(is_causal), scale, return_lse, report)
     if token_major:
         out = out.transpose(1, 2)
-    return out if lse is None or not return_lse else (out, lse)
+    return out, lse if return_lse else None
 
 
 def attention_freeing(
@@ -135,8 +173,9 @@ def attention_freeing(
     wished = Precision.parse(precision).value
     token_major = checks.layout(layout)
     q, k, v, checked_mask, number = _checked(hold[0], hold[1], hold[2], mask, scale, enable_gqa, token_major)
-    decision = choose(_call(q, k, v, checked_mask, False), wished, emulate=emulate)
-    if decision.kernel not in COMPILED:
+    call = _call(q, k, v, checked_mask, False)
+    decision = choose(call, wished, emulate=emulate)
+    if decision.kernel not in COMPILED or call.needs_grad:
         out = attention(
             *hold, mask=mask, scale=scale, enable_gqa=enable_gqa, layout=layout, precision=precision, emulate=emulate,
             report=report,
@@ -179,6 +218,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool)
         has_mask=mask is not None,
         is_causal=is_causal,
         needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        mask_needs_grad=torch.is_grad_enabled() and mask is not None and mask.requires_grad,
         v_head_dim=v.shape[3],
     )
 

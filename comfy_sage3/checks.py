@@ -37,11 +37,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         if mask.device != q.device:
             raise InputError(f"mask is on {mask.device} and q on {q.device}: move them to one device.")
         if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-            raise InputError(
-                f"mask is {mask.dtype}: give bool (True = attend) or a floating mask to add to the scores."
-            )
-        if mask.requires_grad and torch.is_grad_enabled():
-            raise InputError("mask requires grad, but masks get no gradient here: pass mask.detach().")
+            raise InputError(f"mask is {mask.dtype}: give bool (True = attend) or a floating mask to add to the scores.")
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,9 +74,7 @@ def shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
                 "attention (or check the layout)."
             )
         if kv_heads == 0 or heads % kv_heads:
-            raise InputError(
-                f"q has {heads} heads and k and v have {kv_heads}: grouped-query attention needs a multiple."
-            )
+            raise InputError(f"q has {heads} heads and k and v have {kv_heads}: grouped-query attention needs a multiple.")
 
 
 def attention_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -91,9 +85,7 @@ def attention_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     shape = tuple(mask.shape)
     fits = len(shape) <= 4 and all(m in (1, n) for m, n in zip(shape[::-1], full[::-1], strict=False))
     if not fits:
-        raise InputError(
-            f"mask has shape {shape}: it must broadcast to (batch, heads, q tokens, k tokens) = {full}."
-        )
+        raise InputError(f"mask has shape {shape}: it must broadcast to (batch, heads, q tokens, k tokens) = {full}.")
     for _ in range(4 - len(shape)):
         mask = mask.unsqueeze(0)
     return mask if mask.dtype == torch.bool else mask.to(q.dtype)

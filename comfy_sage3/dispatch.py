@@ -1,8 +1,9 @@
 """The decision: which kernel serves a call, and why. ``decide`` is pure: data in, data out; no device is asked.
 
 ``choose`` decides and, where the choice is a compiled kernel, asks whether the library is there, which builds it.
-A wish is tried from the lowest precision up: fp4 or int8-fast -> int8 -> exact. The reason is one short sentence that a
-person reads in the report, so it always says what was missing and what there was instead.
+A wish is tried from the lowest precision up: fp4 or int8-fast -> int8 -> exact. Gradients in 8 bits are for who asks for
+int8 by name or falls back to it: what training makes of them is not for "auto" to decide. The reason is one short sentence
+that a person reads in the report, so it always says what was missing and what there was instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CHAIN = {
     "int8-fast": ("int8-fast", "int8"),
     "exact": (),
 }
+AUTO_TRAINS_EXACTLY = "auto: gradients are exact, 8-bit ones are for who asks for int8"
 EMULATED = "emulated in plain PyTorch: the quality is real, the speed is not"
 EMULATED_BUILT = "the Blackwell kernel with its two instructions emulated: the quality is real, the speed is not"
 
@@ -41,6 +43,7 @@ class Call:
     has_mask: bool = False
     is_causal: bool = False
     needs_grad: bool = False
+    mask_needs_grad: bool = False
     v_head_dim: int | None = None  # None: the same as q's
     build_failure: str | None = None  # why there are no compiled kernels; None: there are, or nobody has asked yet
 
@@ -72,11 +75,15 @@ def obstacle(kernel: Kernel, call: Call) -> Obstacle | None:
         return None
     if call.needs_grad and not kernel.trainable:
         return Obstacle("inputs that do not require grad (inference only)", "these do")
+    if call.mask_needs_grad:
+        return Obstacle("a mask that does not require grad", "this one does")
     if call.dtype not in kernel.dtypes:
         names = ", ".join(DTYPE_NAMES[d] for d in kernel.dtypes)
         return Obstacle(f"one of {names}", f"the inputs are {DTYPE_NAMES.get(call.dtype, call.dtype)}")
     if head_dim > kernel.max_head_dim:
         return Obstacle(f"a head_dim of at most {kernel.max_head_dim}", f"this call has {head_dim}")
+    if call.needs_grad and head_dim > kernel.trained_head_dim:
+        return Obstacle(f"a head_dim of at most {kernel.trained_head_dim} for its gradient", f"this call has {head_dim}")
     if v_head_dim != head_dim:
         return Obstacle("v of the same head_dim as q and k", f"they are {v_head_dim} and {head_dim}")
     if 0 in call.q_shape or 0 in call.k_shape:
@@ -99,6 +106,8 @@ def decide(
     chain = CHAIN[wished]
     if not chain:
         return Decision(EXACT.name, "asked for", False)
+    if wished == "auto" and call.needs_grad:
+        return Decision(EXACT.name, AUTO_TRAINS_EXACTLY, False)
     missing: list[tuple[str, Obstacle]] = []
     too_short = ""
     for step in chain:
@@ -157,9 +166,10 @@ def _serve(precision: str, call: Call, emulate: bool, kernels: Sequence[Kernel])
             continue
         if kernel.capabilities and call.capability not in kernel.capabilities:
             continue  # another GPU's kernel: the hardware sentence below says it better
-        why = obstacle(kernel, call)
-        if why is None:
+        here = obstacle(kernel, call)
+        if here is None:
             return kernel
+        why = why or here  # of the first kernel, which is the best
     if why is not None:
         return why
     hardware = HARDWARE[precision]

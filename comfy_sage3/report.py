@@ -34,24 +34,34 @@ class Report:
         self.handle = f"report{next(_numbers)}"
         _by_handle[self.handle] = self
         self._calls: Counter[tuple[str, str, str, bool]] = Counter()
+        self._gradients: Counter[str] = Counter()
 
     def record(self, wished: str, kernel: str, reason: str, fell_back: bool, calls: int = 1) -> None:
         """Count ``calls`` calls that asked for ``wished`` and were served by ``kernel``."""
         with self._lock:
             self._calls[(wished, kernel, reason, fell_back)] += calls
 
+    def record_gradient(self, kernel: str, calls: int = 1) -> None:
+        """Count ``calls`` backward passes by ``kernel``."""
+        with self._lock:
+            self._gradients[kernel] += calls
+
     def reset(self) -> None:
         """Forget every call."""
         with self._lock:
             self._calls.clear()
+            self._gradients.clear()
 
     def lines(self) -> list[ReportLine]:
         """Every distinct outcome, most frequent first."""
         with self._lock:
             items = self._calls.most_common()
-        return [
-            {"wished": w, "kernel": k, "reason": r, "fell_back": f, "calls": n} for (w, k, r, f), n in items
-        ]
+        return [{"wished": w, "kernel": k, "reason": r, "fell_back": f, "calls": n} for (w, k, r, f), n in items]
+
+    def gradients(self) -> dict[str, int]:
+        """Backward passes by kernel, most frequent first. Exact attention's are PyTorch's own and not counted."""
+        with self._lock:
+            return dict(self._gradients.most_common())
 
     @property
     def accelerated(self) -> int:
@@ -70,7 +80,8 @@ class Report:
         if not total:
             return "no attention calls were seen"
         head = f"{total} attention calls: {self.accelerated} accelerated, {self.fell_back} fell back"
-        return "\n".join([head] + [f"  {x['calls']:>6} x {x['kernel']}: {x['reason']}" for x in lines])
+        told = [f"  {x['calls']:>6} x {x['kernel']}: {x['reason']}" for x in lines]
+        return "\n".join([head, *told, *(f"  {n:>6} x {kernel}: gradients" for kernel, n in self.gradients().items())])
 
 
 def note_of(report: Report, wished: str, kernel: str, reason: str, fell_back: bool) -> str:
@@ -85,6 +96,15 @@ def record_note(note: str) -> None:
         report = _by_handle.get(handle)
         if report is not None:
             report.record(wished, kernel, reason, bool(fell_back))
+
+
+def record_gradient_note(note: str) -> None:
+    """Count the backward pass of the call that ``note`` tells of; as ``record_note`` else."""
+    if note:
+        handle, _, kernel, _ = note.split("|", 3)
+        report = _by_handle.get(handle)
+        if report is not None:
+            report.record_gradient(kernel)
 
 
 process_report = Report()

@@ -174,9 +174,7 @@ def test_head_dim_above_256_and_of_v_alone_are_served_exactly_with_the_reason():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("precision", ["fp4", "exact"])
-@pytest.mark.parametrize(
-    ("b", "h", "lq", "lk"), [(0, 2, 5, 5), (1, 0, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 0, 0)]
-)
+@pytest.mark.parametrize(("b", "h", "lq", "lk"), [(0, 2, 5, 5), (1, 0, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 0, 0)])
 def test_empty_tensors_give_empty_or_zero(b, h, lq, lk, precision, return_lse, device):
     q, k, v = (t.to(device).requires_grad_() for t in qkv(b, h, h, lq, lk, 8))
     got = attention(q, k, v, precision=precision, emulate=True, return_lse=return_lse)
@@ -225,6 +223,49 @@ def test_a_row_of_the_lowest_number_attends_everything_alike_and_one_of_minus_in
     mean = v[0, 0].float().mean(0)
     assert (out[3] - mean).norm() < 0.2 * mean.norm()
     assert (out[5] == 0).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("shape", [(9, 13), (4, 1, 13), (2, 1, 9, 1), (1, 4, 1, 1)])
+@pytest.mark.parametrize("needs", ["mask", "all"])
+def test_a_mask_that_requires_grad_gets_it_from_exact_attention(shape, return_lse, is_causal, needs):
+    tensors, report = qkv(lq=9, lk=13, d=8), Report()
+    mask = randn(*shape, seed=7).requires_grad_()
+    with torch.no_grad():
+        if shape[-1] > 1:
+            mask[..., 5] = -torch.inf
+    wanted = [mask] if needs == "mask" else [mask, *(t.requires_grad_() for t in tensors)]
+    got = attention(*tensors, mask=mask, is_causal=is_causal, precision="int8", emulate=True, return_lse=return_lse,
+                    report=report)  # fmt: skip
+    out, lse = got if return_lse else (got, None)
+    weights = randn(*out.shape, seed=8), randn(2, 4, 9, seed=9)
+    loss = (out * weights[0]).sum() + (0.0 if lse is None else (lse * weights[1]).sum())
+
+    wide = [t.detach().double().requires_grad_() for t in wanted]
+    q, k, v = wide[1:] or (t.double() for t in tensors)
+    scores = q @ k.mT * 8**-0.5 + wide[0]
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(9, 13, dtype=torch.bool).tril(), -torch.inf)
+    true = (scores.softmax(-1) @ v * weights[0]).sum()
+    if lse is not None:
+        true = true + (scores.logsumexp(-1) * weights[1]).sum()
+    for a, b in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(true, wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    (line,) = report.lines()
+    assert (line["kernel"], line["fell_back"]) == ("exact", True)
+    assert line["reason"] == "int8 needs a mask that does not require grad; this one does"
+
+
+def test_a_mask_that_requires_grad_gets_it_in_a_compiled_graph_too():
+    tensors, mask = qkv(lq=9, lk=9, d=8), randn(9, 9, seed=7).requires_grad_()
+
+    def loss(mask):
+        return attention(*tensors, mask=mask, precision="int8", emulate=True).square().sum()
+
+    (want,) = torch.autograd.grad(loss(mask), mask)
+    (got,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(mask), mask)
+    torch.testing.assert_close(got, want)
 
 
 def test_a_mask_of_another_float_dtype_is_taken_in_the_inputs_own():
@@ -387,7 +428,6 @@ REFUSED = {
     "mask heads": (changed(mask=torch.ones(2, 2, 33, 33, dtype=torch.bool)), r"shape \(2, 2, 33, 33\)"),
     "mask dimensions": (changed(mask=torch.ones(1, 2, 4, 33, 33, dtype=torch.bool)), "must broadcast"),
     "mask device": (changed(mask=torch.ones(33, 33, dtype=torch.bool, device="meta")), "mask is on meta"),
-    "mask grad": (changed(mask=torch.zeros(33, 33, requires_grad=True)), "pass mask.detach"),
     "scale nan": (changed(scale=float("nan")), "scale is nan: give a finite number"),
     "scale infinite": (changed(scale=float("inf")), "scale is inf: give a finite number"),
     "scale type": (changed(scale="1"), "scale is a str: give a number"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comfy_sage3.attention import TRAINED
 from comfy_sage3.dispatch import Call, choose, decide, obstacle
 from comfy_sage3.errors import InputError
 from comfy_sage3.kernels import build, compiled, devices
@@ -88,8 +89,7 @@ def test_older_gpus_lack_the_instructions(capability):
     decision = decide(gpu(capability), "int8")
     assert decision.kernel == "exact"
     assert decision.reason == (
-        "int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); "
-        f"this GPU is sm_{capability[0]}{capability[1]}"
+        f"int8 needs an NVIDIA GPU from Turing on (sm_75 or newer); this GPU is sm_{capability[0]}{capability[1]}"
     )
 
 
@@ -178,13 +178,56 @@ def test_a_library_that_could_not_be_built_is_said_in_the_reason(capability, pre
     assert (decision.kernel, decision.reason) == (kernel, reason)
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp4", "int8"])
-def test_a_compiled_kernel_gives_no_gradient_so_training_goes_elsewhere(precision):
-    decision = decide(gpu((9, 0), needs_grad=True), precision)
-    assert decision.kernel == "exact"
-    assert "int8 needs inputs that do not require grad (inference only)" in decision.reason
-    decision = decide(gpu((9, 0), needs_grad=True), precision, emulate=True)
-    assert decision.kernel == ("exact" if precision == "auto" else "int8-emulated")
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != (9, 0)])
+@pytest.mark.parametrize("precision", ["fp4", "int8", "int8-fast"])
+def test_where_no_kernel_gives_gradients_training_is_exact_or_emulated(capability, precision):
+    call = gpu(capability, needs_grad=True)
+    decision = decide(call, precision)
+    assert (decision.kernel, decision.fell_back) == ("exact", True)
+    assert "int8 need" in decision.reason
+    assert "inputs that do not require grad (inference only); these do" in decision.reason
+    assert decide(call, precision, emulate=True).kernel == "int8-emulated"
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "kernel", "reason"),
+    [
+        ("int8", {}, "int8-sm90", "asked for, runs on sm_90"),
+        ("int8", {"has_mask": True, "is_causal": True}, "int8-sm90", "asked for, runs on sm_90"),
+        ("int8-fast", {}, "int8-sm90",
+         "int8-fast needs inputs that do not require grad (inference only); these do; int8 instead, runs on sm_90"),
+        ("fp4", {}, "int8-sm90",
+         "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; int8 instead, runs on sm_90"),
+        ("auto", {}, "exact", "auto: gradients are exact, 8-bit ones are for who asks for int8"),
+        ("int8", {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160)}, "exact",
+         "int8 needs a head_dim of at most 128 for its gradient; this call has 160"),
+        ("int8", {"q_shape": (1, 2, 9, 300), "k_shape": (1, 2, 9, 300)}, "exact",
+         "int8 needs a head_dim of at most 256; this call has 300"),
+        ("int8", {"mask_needs_grad": True, "has_mask": True}, "exact",
+         "int8 needs a mask that does not require grad; this one does"),
+        ("int8", {"mask_needs_grad": True, "has_mask": True, "needs_grad": False}, "exact",
+         "int8 needs a mask that does not require grad; this one does"),
+        ("int8", {"build_failure": NO_NVCC}, "exact", f"int8 needs compiled kernels; {NO_NVCC}"),
+    ],
+)  # fmt: skip
+def test_hopper_trains_in_8_bits_where_it_can_and_says_why_not(precision, changes, kernel, reason):
+    decision = decide(gpu((9, 0), **{"needs_grad": True, **changes}), precision)
+    assert (decision.kernel, decision.reason) == (kernel, reason)
+
+
+def test_a_second_kernel_with_gradients_serves_what_the_first_cannot():
+    second = Kernel("int8-second", "int8", capabilities=((8, 0), (9, 0)), trainable=True)
+    kernels = (*KERNELS, second)
+    wide = {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160)}
+    assert decide(gpu((9, 0), needs_grad=True), "int8", kernels=kernels).kernel == "int8-sm90"
+    assert decide(gpu((9, 0), needs_grad=True, **wide), "int8", kernels=kernels).kernel == "int8-second"
+    assert decide(gpu((8, 0), needs_grad=True), "int8", kernels=kernels).kernel == "int8-second"
+    assert decide(gpu((9, 0), **wide), "int8", kernels=kernels).kernel == "int8-sm90"
+
+
+def test_every_kernel_that_trains_has_its_op():
+    trained = {k.name for k in KERNELS if k.trainable and k.compiled is not None}
+    assert trained == set(TRAINED)
 
 
 # ---- SAGE3_EMULATE_FP4: the Blackwell kernel on Hopper
@@ -204,9 +247,8 @@ NO_BLACKWELL = "fp4 needs a Blackwell GPU (sm_120 or sm_121)"
         (gpu((9, 0), build_failure=NO_NVCC), "fp4", True, "fp4-emulated",
          "asked for, emulated in plain PyTorch: the quality is real, the speed is not; "
          f"there are no compiled kernels: {NO_NVCC}"),
-        (gpu((9, 0), needs_grad=True), "fp4", True, "int8-emulated",
-         "fp4 needs inputs that do not require grad (inference only); these do; int8 instead, "
-         "emulated in plain PyTorch: the quality is real, the speed is not"),
+        (gpu((9, 0), needs_grad=True), "fp4", True, "int8-sm90",
+         "fp4 needs inputs that do not require grad (inference only); these do; int8 instead, runs on sm_90"),
         (gpu((8, 9)), "fp4", True, "fp4-emulated",
          "asked for, emulated in plain PyTorch: the quality is real, the speed is not"),
         (CPU, "fp4", True, "fp4-emulated", "asked for, emulated in plain PyTorch: the quality is real, the speed is not"),
@@ -272,7 +314,9 @@ def library(*archs):
         (gpu((7, 0)), "int8", False),
         (gpu((11, 0)), "int8", False),
         (gpu((9, 0)), "exact", False),
-        (gpu((9, 0), needs_grad=True), "int8", True),
+        (gpu((8, 9), needs_grad=True), "int8", True),
+        (gpu((9, 0), needs_grad=True), "auto", False),
+        (gpu((9, 0), needs_grad=True, mask_needs_grad=True), "int8", True),
         (gpu((9, 0), dtype=torch.float64), "int8", False),
         (gpu((9, 0), v_head_dim=64), "int8", False),
         (gpu((9, 0), k_shape=(1, 24, 77, 128)), "auto", False),
@@ -305,9 +349,7 @@ def test_a_library_for_other_gpus_is_a_failure(machine):
     machine.outcome = library("80", "89")
     decision = choose(gpu((9, 0)), "int8")
     assert decision.kernel == "exact"
-    assert decision.reason == (
-        "int8 needs compiled kernels; the built library is for sm_80, sm_89, this GPU needs sm_90a"
-    )
+    assert decision.reason == ("int8 needs compiled kernels; the built library is for sm_80, sm_89, this GPU needs sm_90a")
 
 
 def test_the_state_of_the_library_is_a_constant_in_a_compiled_graph(machine):
@@ -409,6 +451,7 @@ calls = st.builds(
     has_mask=st.booleans(),
     is_causal=st.booleans(),
     needs_grad=st.booleans(),
+    mask_needs_grad=st.booleans(),
     v_head_dim=st.sampled_from([None, 64, 128]),
     build_failure=st.sampled_from([None, NO_NVCC]),
 )
@@ -424,8 +467,12 @@ def test_no_decision_breaks_a_constraint_or_keeps_silent(call, precision, emulat
     assert "\n" not in decision.reason
     assert not (chosen.emulated and (not emulate or precision is Precision.AUTO))
     assert decision.fell_back == (precision is not Precision.AUTO and chosen.precision != precision.value)
-    if chosen.precision == "fp4" or chosen.compiled:
-        assert not call.needs_grad
+    if call.needs_grad:
+        assert chosen.trainable
+        assert call.q_shape[3] <= (128 if chosen.compiled else 2**31)
+        assert chosen == EXACT or precision is not Precision.AUTO
+    if call.mask_needs_grad:
+        assert chosen == EXACT
     if chosen.compiled:
         assert call.build_failure is None
         assert precision is not Precision.AUTO or call.k_shape[2] >= 1024

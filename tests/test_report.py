@@ -3,7 +3,7 @@
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
-from comfy_sage3.report import Report, note_of, record_note
+from comfy_sage3.report import Report, note_of, record_gradient_note, record_note
 
 
 def test_equal_outcomes_are_one_line_most_frequent_first():
@@ -34,6 +34,19 @@ def test_summary_gives_totals_then_reasons():
     ]
     report.reset()
     assert report.lines() == []
+
+
+def test_gradients_are_counted_by_kernel_and_told_last():
+    report = Report()
+    note = note_of(report, "int8", "int8-sm90", "asked for | runs", False)
+    record_note(note)
+    record_gradient_note(note)
+    record_gradient_note(note)
+    record_gradient_note("")
+    assert report.gradients() == {"int8-sm90": 2}
+    assert report.summary().splitlines()[1:] == ["       1 x int8-sm90: asked for | runs", "       2 x int8-sm90: gradients"]
+    report.reset()
+    assert report.gradients() == {}
 
 
 def test_threads_lose_no_call():

@@ -256,6 +256,7 @@ def describe(call: HookCall) -> Call:
         capability=capability_of(call.q.device),
         has_mask=call.mask is not None,
         needs_grad=call.needs_grad,
+        mask_needs_grad=torch.is_grad_enabled() and call.mask is not None and call.mask.requires_grad,
     )
 
 

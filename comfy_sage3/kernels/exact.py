@@ -18,9 +18,7 @@ SCORES_AT_ONCE = 1 << 24  # held at a time by what writes out its scores, so tha
 REFERENCE_HEAD_DIM = 256  # the widest the reference takes
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """``F.scaled_dot_product_attention`` -> (B, H, Lq, Dv); rows that may attend nothing give 0."""
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         group = q.shape[1] // max(k.shape[1], 1)
@@ -68,23 +66,52 @@ def backward(
     qs, ks, vs = _wide(q), _wide(k, heads), _wide(v, heads)
     dq, dk, dv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    for here, s, dead in _scores(qs, ks, mask, is_causal, scale):
-        p = torch.softmax(s, -1)
-        if dead is not None:
-            p = p.masked_fill(dead, 0.0)
-        ds = torch.zeros_like(p)
+    for here, p, ds in _score_gradients(dout, dlse, qs, ks, vs, mask, is_causal, scale):
         if dout is not None:
-            do = dout[:, :, here].to(qs.dtype)
-            dv += p.transpose(-1, -2) @ do
-            dp = do @ vs.transpose(-1, -2)
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        if dlse is not None:
-            ds = ds + p * dlse[:, :, here, None].to(qs.dtype)
+            dv += p.transpose(-1, -2) @ dout[:, :, here].to(qs.dtype)
         dq[:, :, here] = ds @ ks * factor
         dk += ds.transpose(-1, -2) @ qs[:, :, here] * factor
     if heads > kv_heads > 0:
         dk, dv = (t.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for t in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def mask_gradient(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """The gradient of an additive ``mask``, in its shape and dtype: dS, summed where the mask was broadcast."""
+    heads = q.shape[1]
+    qs, ks, vs = _wide(q), _wide(k, heads), _wide(v, heads)
+    total = torch.zeros(mask.shape, dtype=qs.dtype, device=mask.device)
+    for here, _, ds in _score_gradients(dout, dlse, qs, ks, vs, mask, is_causal, scale):
+        part = total if mask.shape[2] == 1 else total[:, :, here]
+        part += ds.sum_to_size(part.shape)
+    return total.to(mask.dtype)
+
+
+def _score_gradients(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
+    scale: float | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:  # fmt: skip
+    """P and dS of a few query rows at a time: (which rows, P, dS). q, k and v in one dtype, with equally many heads."""
+    for here, s, dead in _scores(q, k, mask, is_causal, scale):
+        p = torch.softmax(s, -1)
+        if dead is not None:
+            p = p.masked_fill(dead, 0.0)
+        ds = torch.zeros_like(p)
+        if dout is not None:
+            dp = dout[:, :, here].to(q.dtype) @ v.transpose(-1, -2)
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if dlse is not None:
+            ds = ds + p * dlse[:, :, here, None].to(q.dtype)
+        yield here, p, ds
 
 
 def _wide(x: Tensor, heads: int | None = None) -> Tensor:

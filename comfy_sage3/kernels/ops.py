@@ -2,7 +2,7 @@
 
 Every op takes HND tensors of any strides and returns fresh ones: contiguous, from a compiled kernel in q's own
 order of memory. ``note`` names the report in which to count the call when it really runs ("" counts nothing).
-fp4, int8-fast and the compiled kernels have no gradient: their backward raises.
+fp4, int8-fast and the compiled kernels of this module have no gradient: their backward raises. ``training`` has one's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import InputError
-from ..report import record_note
+from ..report import record_gradient_note, record_note
 from . import compiled, exact
 from .devices import AUTOCAST_DEVICES
 
@@ -116,6 +116,22 @@ def exact_attention_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+@_op("exact_mask_gradient")
+def exact_mask_gradient(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The gradient of an additive mask, as ``exact_attention_backward``'s of q, k and v."""
+    with full_precision(q):
+        return exact.mask_gradient(dout, dlse, q, k, v, mask, is_causal, scale)
+
+
 def _emulate(
     run: Callable[..., tuple[Tensor, Tensor]], options: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     is_causal: bool, scale: float | None, note: str,
@@ -177,7 +193,7 @@ def int8_fast_attention(
     return _emulate(reference.int8_attention, reference.OUR_INT8_FAST, q, k, v, mask, is_causal, scale, note)
 
 
-def _as_faked(q: Tensor) -> Tensor:
+def as_faked(q: Tensor) -> Tensor:
     """The stride of a single channel means nothing, and torch's fake tensors make another of it."""
     return q.contiguous() if q.shape[3] == 1 else q
 
@@ -198,9 +214,7 @@ def int8_attention_compiled(
 
     The GPU is never waited for, so nothing looks for NaN here. mask is bool, fp16, bf16 or fp32.
     """
-    out, lse = compiled.operators().int8_attention(
-        _as_faked(q), k, v, mask, is_causal, scale, return_lse, kernel
-    )
+    out, lse = compiled.operators().int8_attention(as_faked(q), k, v, mask, is_causal, scale, return_lse, kernel)
     record_note(note)
     return out, lse
 
@@ -219,7 +233,7 @@ def fp4_attention_compiled(
 ) -> tuple[Tensor, Tensor]:
     """4-bit attention by the built library; all else as ``int8_attention_compiled``. ``kernel`` is "fp4-sm120"."""
     mask = _within_range(mask)
-    out, lse = compiled.operators().fp4_attention(_as_faked(q), k, v, mask, is_causal, scale, return_lse)
+    out, lse = compiled.operators().fp4_attention(as_faked(q), k, v, mask, is_causal, scale, return_lse)
     record_note(note)
     return out, lse
 
@@ -235,12 +249,14 @@ def int8_attention_backward(
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of 8-bit attention from the gradient of its output, by the same 8-bit products."""
     with full_precision(q):
         dq, dk, dv = reference.int8_attention_backward(
             dout, q, k, v, out, lse, mask=mask, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
         )
+    record_gradient_note(note)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -307,6 +323,20 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@exact_mask_gradient.register_fake
+def _(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    return mask.new_empty(mask.shape)
+
+
 @int8_attention_backward.register_fake
 def _(
     dout: Tensor,
@@ -318,13 +348,15 @@ def _(
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask, ctx.is_causal, ctx.scale, *rest = inputs
-    ctx.spare = (None,) * (2 + len(rest) + 1)  # no gradient: mask, is_causal, scale and what follows
+    ctx.spare = (None,) * (2 + len(rest))  # no gradient: is_causal, scale and what follows
+    ctx.note = rest[-1]
     ctx.save_for_backward(q, k, v, mask, *output)
     ctx.set_materialize_grads(False)  # so that an lse nobody used costs nothing
 
@@ -333,20 +365,35 @@ def _exact_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple
     q, k, v, mask, _, lse = ctx.saved_tensors
     if dlse is not None and lse.numel() == 0:
         dlse = None
+    if dout is None and dlse is None:
+        return (None,) * 4 + ctx.spare
     grads = exact_attention_backward(dout, dlse, q, k, v, mask, ctx.is_causal, ctx.scale)
-    return (*grads, *ctx.spare)
+    dmask = None
+    if ctx.needs_input_grad[3]:
+        dmask = exact_mask_gradient(dout, dlse, q, k, v, mask, ctx.is_causal, ctx.scale)
+    return (*grads, dmask, *ctx.spare)
 
 
 def _int8_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, mask, out, lse = ctx.saved_tensors
     total: list[Tensor] = []
     if dout is not None:
-        total = list(int8_attention_backward(dout, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale))
+        total = list(int8_attention_backward(dout, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale, ctx.note))
     if dlse is not None:  # the 8-bit backward knows only out; the lse's own gradient is exact
         exactly = exact_attention_backward(None, dlse, q, k, v, mask, ctx.is_causal, ctx.scale)
         total = [a + b for a, b in zip(total, exactly, strict=True)] if total else list(exactly)
-    return (*total, *ctx.spare)
+    return (*(total or (None,) * 3), None, *ctx.spare)
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> None:
+    """The backward of a backward: says in plain words that there is none. Raises RuntimeError."""
+    raise RuntimeError(
+        "This attention has no second derivatives: where a gradient is differentiated again, use precision exact without "
+        "return_lse, outside of torch.compile."
+    )
 
 
 exact_attention.register_autograd(_exact_backward, setup_context=_save)
 int8_attention.register_autograd(_int8_backward, setup_context=_save)
+for _op_of_a_gradient in (exact_attention_backward, exact_mask_gradient, int8_attention_backward):
+    _op_of_a_gradient.register_autograd(no_second_derivative)

@@ -55,7 +55,7 @@ class Source:
 NVFP4 = ("120a", "121a")
 SOURCES: tuple[Source, ...] = (
     Source("attention/*_sm90.cu", ("90a",)),
-    Source("backward/*.cu", ()),  # with SAGE3_TRAINING only, see ``rows_for``
+    Source("backward/*.cu", ("90a",)),
     Source("attention/*_sm120.cu", NVFP4),
     Source("quantize/nvfp4*.cu", NVFP4),
 )
@@ -66,16 +66,6 @@ EMULATING = ("90a",)
 EMULATED: tuple[Source, ...] = tuple(
     Source(row.path, (*EMULATING, *NVFP4)) if row.archs == NVFP4 else row for row in SOURCES
 )
-
-# With SAGE3_TRAINING the backward kernels are in the build. They have run on a CPU only (tests/kernels/emulator), so nothing
-# uses them unasked.
-TRAINING = Source("backward/*.cu", ("90a",))
-
-
-def rows_for(emulate_fp4: bool, training: bool) -> tuple[Source, ...]:
-    """The table of a build with these switches."""
-    rows = EMULATED if emulate_fp4 else SOURCES
-    return tuple(TRAINING if training and row.path == TRAINING.path else row for row in rows)
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,7 @@ def arch_of(capability: Capability) -> str | None:
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """"90,120a" or "all" -> ("90a", "120a"), without doubles. Raises InputError naming what there is."""
+    """ "90,120a" or "all" -> ("90a", "120a"), without doubles. Raises InputError naming what there is."""
     if text.strip() == "all":
         return ALL
     found = []

@@ -1,7 +1,4 @@
-"""8-bit attention with an 8-bit gradient, by the built library, as torch ops (csrc/backward). Needs SAGE3_TRAINING.
-
-The kernels have not yet run on a GPU: their sources have, thread by thread, on a CPU (tests/kernels/emulator). So no row of
-``devices`` names them and ``attention`` never comes here.
+"""8-bit attention with an 8-bit gradient on Hopper, by the built library, as torch ops (csrc/backward).
 
 Between the passes lie one byte a channel of q, k, v and of the output, and a few numbers a token: 4.1 bytes where flash
 attention keeps the 8 of q, k, v and out in bf16 (head dims of 64, 96 and 128; others are padded to these).
@@ -15,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..report import record_note
+from ..report import record_gradient_note, record_note
 from . import compiled
-from .ops import NAMESPACE
+from .ops import NAMESPACE, as_faked, no_second_derivative
 
 MAX_HEAD_DIM = 128
 _ALIGNMENT = 256
@@ -57,7 +54,7 @@ def attend(
     out and lse as ``ops.int8_attention_compiled``'s. The rest is for the gradient: bytes; int8 of out's shape; fp32
     (2, B, H, Lq). mask is bool, fp16, bf16 or fp32 and gets no gradient. ``deterministic``: dq is added up in a fixed order.
     """
-    result = compiled.operators().int8_attention_saving(q, k, v, mask, is_causal, scale, return_lse, "sm90")
+    result = compiled.operators().int8_attention_saving(as_faked(q), k, v, mask, is_causal, scale, return_lse, "sm90")
     record_note(note)
     out, lse, saved, out8, rows = result
     return out, lse, saved, out8, rows
@@ -76,11 +73,13 @@ def gradient(
     is_causal: bool,
     scale: float,
     deterministic: bool,
+    note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of ``attend`` from the gradients of out and lse, contiguous and in dout's dtype."""
     dq, dk, dv = compiled.operators().int8_attention_gradient(
         dout, dlse, saved, out8, rows, mask, kv_heads, keys, is_causal, scale, deterministic
     )
+    record_gradient_note(note)
     return dq, dk, dv
 
 
@@ -97,7 +96,7 @@ def _(
     note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty_like(q)  # as binding.cpp does: q's order of memory, if that keeps a token's channels together
-    if out.stride(3) != 1:
+    if out.stride(3) != 1 or q.shape[3] == 1:
         out = q.new_empty(q.shape)
     size = workspace_bytes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
     return (
@@ -122,13 +121,14 @@ def _(
     is_causal: bool,
     scale: float,
     deterministic: bool,
+    note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (dout.shape[0], kv_heads, keys, dout.shape[3])
     return dout.new_empty(dout.shape), dout.new_empty(shape), dout.new_empty(shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, _, mask, ctx.is_causal, ctx.scale, _, ctx.deterministic, _ = inputs
+    q, k, _, mask, ctx.is_causal, ctx.scale, _, ctx.deterministic, ctx.note = inputs
     ctx.kv_heads, ctx.keys = k.shape[1], k.shape[2]
     _, _, saved, out8, rows = output
     ctx.mark_non_differentiable(saved, out8, rows)
@@ -146,14 +146,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tu
     if dlse is not None:
         dlse = dlse.float().contiguous()
     grads = gradient(
-        dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic
-    )
+        dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic,
+        ctx.note,
+    )  # fmt: skip
     return (*grads, None, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    raise RuntimeError("8-bit attention has no second derivatives: use precision exact where a gradient is differentiated.")
-
-
 attend.register_autograd(_backward, setup_context=_save)
-gradient.register_autograd(_no_second_derivative)
+gradient.register_autograd(no_second_derivative)

@@ -1,4 +1,4 @@
-"""The 8-bit gradient on a Hopper GPU: against fp64, against the reference, again and again. Needs SAGE3_TRAINING=1.
+"""The 8-bit gradient on a Hopper GPU: against fp64, against the reference, again and again.
 
 The same sources run on a CPU in tests/kernels/test_backward_kernels.py; what is left to show here is what only a GPU does:
 its copies, fences, atomic additions and dtypes' conversions, and long sequences.
@@ -7,14 +7,12 @@ its copies, fences, atomic additions and dtypes' conversions, and long sequences
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 
 from comfy_sage3 import reference
 from comfy_sage3.kernels import build, training
-from comfy_sage3.kernels.jit.switches import Switches
 
 from . import calls
 from .exact import exact as exact_attention
@@ -25,14 +23,17 @@ NAMES = ("dq", "dk", "dv")
 LEAST = 0.9995
 # Of the relative L1 of the reference, which is the same algorithm; scales of V and means are grouped a little differently.
 OF_REFERENCE, BESIDES = 1.25, 0.004
+# A gradient that is exactly zero (one query that sees one key: its dS is) has no direction. Of the largest that it could be,
+# scale |dout| |v| |k|, the output's 8 bits leave about 0.001.
+ZERO, NEXT_TO_ZERO = 1e-9, 0.01
 
 
 @pytest.fixture(autouse=True)
 def _the_kernels():
     outcome = build.load()
     assert isinstance(outcome, build.Loaded)
-    if not Switches.read(os.environ).training or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs SAGE3_TRAINING=1, and a GPU of sm_90")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the 8-bit gradient needs a GPU of sm_90")
     assert hasattr(outcome.ops, "int8_attention_gradient"), "the library was built without its gradient"
 
 
@@ -71,12 +72,27 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
+def largest_row(x):
+    return float(x.double().norm(dim=-1).max())
+
+
+def bounds(q, k, v, dout, scale):
+    """What no row of dq, dk (of one query) and dv (of one query) can exceed in size."""
+    ds = largest_row(dout) * largest_row(v)
+    scale = abs(calls.scale_of(q, scale))
+    return scale * ds * largest_row(k), scale * ds * largest_row(q), largest_row(dout)
+
+
 def check(q, k, v, dout, causal=False, scale=None, deterministic=False, mask=None):
     _, got = ours(q, k, v, dout, causal, scale, deterministic, mask)
-    for name, like, a, e in zip(NAMES, (q, k, v), got, exact(q, k, v, dout, causal, scale, mask), strict=True):
+    want, most = exact(q, k, v, dout, causal, scale, mask), bounds(q, k, v, dout, scale)
+    for name, like, a, e, bound in zip(NAMES, (q, k, v), got, want, most, strict=True):
         assert (a.shape, a.dtype) == (like.shape, like.dtype), name
         assert a.isfinite().all(), name
-        assert cosine(a, e) > LEAST, name
+        if largest_row(e) < ZERO * bound:
+            assert largest_row(a) < NEXT_TO_ZERO * bound, name
+        else:
+            assert cosine(a, e) > LEAST, name
 
 
 @pytest.mark.parametrize("dtype", calls.DTYPES)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..sources import PACKAGE, Tree, find_tree, rows_for
+from ..sources import EMULATED, PACKAGE, SOURCES, Tree, find_tree
 from . import cache
 from .lock import TIMEOUT
 from .machine import Machine
@@ -21,9 +21,8 @@ PREBUILT = PACKAGE / "kernels" / "prebuilt"
 
 
 def tree_here() -> Tree | None:
-    """This package's sources; with SAGE3_EMULATE_FP4 the 4-bit ones for more GPUs, with SAGE3_TRAINING the backward ones."""
-    switches = Switches.read(os.environ)
-    return find_tree(rows=rows_for(bool(switches.emulate_fp4), bool(switches.training)))
+    """This package's sources; with SAGE3_EMULATE_FP4 the 4-bit ones are for more GPUs."""
+    return find_tree(rows=EMULATED if Switches.read(os.environ).emulate_fp4 else SOURCES)
 
 
 def open_library(path: Path) -> None:

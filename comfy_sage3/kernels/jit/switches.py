@@ -23,7 +23,6 @@ class Switches:
     lineinfo: str = ""
     print_commands: str = ""
     ptxas_verbose: str = ""
-    training: str = ""
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Switches:
