@@ -19,6 +19,7 @@ import numpy as np
 from ..compare.engine import Engine, Generation, Inspection, OnPreview, OnStep, Request, Side
 from ..compare.measure import Comparison, compare
 from ..errors import InputError, Sage3Error
+from .memory import give_back
 from .services import HIDDEN_ERROR, Services
 
 log = logging.getLogger("comfy_sage3")
@@ -240,6 +241,7 @@ def watch(
     finally:
         stop.set()
         thread.join()
+        give_back()
 
 
 def told(services: Services, error: Exception) -> str:

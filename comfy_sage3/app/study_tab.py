@@ -26,6 +26,7 @@ from ..study.store import Store
 from ..study.sweep import MAX_FILE_BYTES, Sweep, loads, parse
 from . import form, study_view
 from .compare_tab import public
+from .memory import give_back
 from .runs import TELL_SECONDS, Stops, told
 from .services import EMBEDDED, GPU, Services
 from .widgets import widget
@@ -218,6 +219,7 @@ class StudyTab:
         finally:
             stop.set()
             thread.join()
+            give_back()
 
     # The page.
 

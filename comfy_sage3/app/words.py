@@ -12,7 +12,7 @@ from ..compare.tables import Row
 Block = dict[str, Any]
 READING = (
     "Both sides start from the same noise and the same prompt; only the arithmetic of attention differs. A difference "
-    "does not mean that a video is worse: small errors steer the sampling onto another path, and 20 to 30 dB is usual for "
+    "does not mean that a {} is worse: small errors steer the sampling onto another path, and 20 to 30 dB is usual for "
     "good methods."
 )
 FLOOR = (
@@ -88,8 +88,9 @@ def _quality(m: dict[str, Any], heads: list[str]) -> list[Block]:
 
 def _reading(m: dict[str, Any]) -> list[Block]:
     q = m["quality"]
-    texts = (READING, FLOOR.format(q["noise_floor_method"]), MOVING, f"{q['end_to_end']['ssim_convention']}.")
-    return [{"kind": "text", "text": text} for text in texts]
+    made = tables.noun(m)
+    texts = [READING.format(made), FLOOR.format(q["noise_floor_method"]), MOVING, f"{q['end_to_end']['ssim_convention']}."]
+    return [{"kind": "text", "text": text} for text in texts if text is not MOVING or made == "video"]
 
 
 def _ran(side: dict[str, Any]) -> list[Block]:

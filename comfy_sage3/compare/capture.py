@@ -99,8 +99,13 @@ def contestants(a: Side, b: Side, exact: Side) -> dict[str, Attend]:
 
 
 @torch.inference_mode()
-def replay(captured: Captured, kernels: dict[str, Attend]) -> list[dict[str, Any]]:
-    """Each captured call through each kernel, against exact fp32 attention on the same tensors."""
+def replay(
+    captured: Captured, kernels: dict[str, Attend], tell: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Each captured call through each kernel, against exact fp32 attention on the same tensors.
+
+    ``tell`` is called after each call and kernel; it may raise to cancel.
+    """
     rows = []
     for call in captured.calls:
         q, k, v = call.qkv
@@ -110,5 +115,6 @@ def replay(captured: Captured, kernels: dict[str, Attend]) -> list[dict[str, Any
         where = Where(str(call.place.layer), call.sigma)
         for name, attend in kernels.items():
             row[name] = attention_error(attend(q, k, v, where=where, **call.options), truth)
+            tell()
         rows.append(row)
     return rows

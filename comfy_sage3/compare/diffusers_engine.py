@@ -8,6 +8,7 @@ happens.
 from __future__ import annotations
 
 import importlib
+import itertools
 import platform
 import threading
 import time
@@ -193,9 +194,15 @@ class DiffusersEngine:
         generation.handle = None
 
     def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection:
-        captured = self._capture(request, a, on_step)
+        captured = self._capture(request, a, lambda done, steps: on_step(done, 2 * steps))
         kernels = contestants(a, b, EXACT)
-        return Inspection(replay(captured, kernels), self._one_step(request, captured, kernels))
+        count = (len(captured.calls) + len(captured.latents)) * len(kernels)
+        measured = itertools.count(1)
+
+        def tell() -> None:
+            on_step(count + next(measured), 2 * count)
+
+        return Inspection(replay(captured, kernels, tell), self._one_step(request, captured, kernels, tell))
 
     def close(self) -> None:
         del self.transformer, self.vae
@@ -299,7 +306,7 @@ class DiffusersEngine:
 
     @torch.inference_mode()
     def _one_step(
-        self, request: Request, captured: Captured, kernels: dict[str, Attend]
+        self, request: Request, captured: Captured, kernels: dict[str, Attend], tell: Callable[[], None]
     ) -> list[dict[str, Any]]:
         """The guided velocity on the same x_t under each kernel, against exact attention the second way."""
         rows = []
@@ -308,6 +315,7 @@ class DiffusersEngine:
             row: dict[str, Any] = {"step": step, "sigma": sigma}
             for name, attend in kernels.items():
                 row[name] = attention_error(self._velocity(request, sigma, x, attend), truth)
+                tell()
             rows.append(row)
         return rows
 

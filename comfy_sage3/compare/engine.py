@@ -246,7 +246,10 @@ class Engine(Protocol):
         ...
 
     def inspect(self, request: Request, a: Side, b: Side, on_step: OnStep) -> Inspection | None:
-        """One run of side A, its q, k, v and x_t replayed through both kernels; None if it cannot."""
+        """One run of side A, its q, k, v and x_t replayed through both kernels; None if it cannot.
+
+        ``on_step`` is also called between the replays, with ``done`` of ``steps`` of the whole inspection.
+        """
         ...
 
     def exact(self, request: Request, second_way: bool, on_step: OnStep) -> Generation:

@@ -25,6 +25,7 @@ from .engine import (
     Engine,
     Generation,
     Inspection,
+    OnStep,
     Request,
     Side,
     Where,
@@ -52,14 +53,16 @@ class Comparison:
 
 
 class Progress:
-    """Turns steps of many runs into one fraction. Decoding a video counts as ``DECODE`` steps."""
+    """Turns steps of many runs into one fraction. Decoding a video counts as ``DECODE`` steps, an inspection as two runs."""
 
     DECODE = 10
+    INSPECT = 2
 
     def __init__(self, steps: int, repeats: int, exact_runs: int, tell: OnProgress) -> None:
         warm_up = 2 * min(steps, 2)
-        self._total = warm_up + steps * (2 * repeats + 1 + exact_runs) + self.DECODE * (2 + exact_runs)
-        self._done = 0
+        self._steps = steps
+        self._total = warm_up + steps * (2 * repeats + self.INSPECT + exact_runs) + self.DECODE * (2 + exact_runs)
+        self._done = 0.0
         self._tell = tell
         self._doing = ""
 
@@ -68,7 +71,7 @@ class Progress:
         self._doing = doing
         self.step(0)
 
-    def step(self, count: int = 1) -> None:
+    def step(self, count: float = 1) -> None:
         """``count`` steps of work are done."""
         self._done = min(self._done + count, self._total)
         self._tell(self._done / self._total, self._doing)
@@ -76,6 +79,15 @@ class Progress:
     def on_step(self, done: int, steps: int) -> None:
         """As an engine's ``on_step``."""
         self.step()
+
+    def inspecting(self) -> OnStep:
+        """As ``on_step`` of an inspection, which counts steps of its own."""
+        before = self._done
+
+        def on_step(done: int, steps: int) -> None:
+            self.step(before + self.INSPECT * self._steps * done / steps - self._done)
+
+        return on_step
 
 
 def compare(
@@ -108,10 +120,13 @@ def compare(
         _finish(engine, last[key], side.name, progress)
 
     progress.begin("replaying captured attention calls")
-    inspection = engine.inspect(request, a, b, progress.on_step)
+    inspected = progress.inspecting()
+    inspection = engine.inspect(request, a, b, inspected)
+    inspected(1, 1)  # also where the engine cannot
 
     floor = noise_floor(engine, request, a, b, last, progress)
     videos = {key: _video(run) for key, run in last.items()}
+    progress.begin("measuring")
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -128,7 +143,7 @@ def compare(
         "noise_floor_method": engine.floor_method,
         "replay": replay_data(inspection, {"a": a, "b": b}),
         "one_step": one_step_data(inspection),
-        "end_to_end": end_to_end(videos["a"], videos["b"], floor),
+        "end_to_end": end_to_end(videos["a"], videos["b"], floor, lambda: progress.step(0)),
         "adherence": {
             key: adherence(as_signed(video), scene) if scene else {}
             for key, video in (*videos.items(), ("noise_floor", floor[1]))
@@ -295,13 +310,21 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
-def end_to_end(a: np.ndarray, b: np.ndarray, floor: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """The finished videos: A against B, next to exact against exact, and what moves in each."""
+def end_to_end(
+    a: np.ndarray, b: np.ndarray, floor: tuple[np.ndarray, np.ndarray], between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The finished videos: A against B, next to exact against exact, and what moves in each.
+
+    ``between`` is called between the parts, and may raise to cancel.
+    """
     videos = {"a": a, "b": b, "noise_floor": floor[1]}
+    found = {"a_vs_b": pair(a, b)}
+    between()
+    found["noise_floor"] = pair(*floor)
+    between()
     return {
         "ssim_convention": SSIM_CONVENTION,
-        "a_vs_b": pair(a, b),
-        "noise_floor": pair(*floor),
+        **found,
         "motion_energy": {key: motion_energy(v) if len(v) > 1 else None for key, v in videos.items()},
         "flicker": {key: flicker(v) if len(v) > 2 else None for key, v in videos.items()},
     }

@@ -28,6 +28,7 @@ from .tables import (
     decibels,
     headline,
     kept_exact_sentence,
+    noun,
     quality_rows,
     ratio_rows,
     side_title,
@@ -108,13 +109,14 @@ def _player(m: dict[str, Any], videos: dict[str, np.ndarray], difference: np.nda
         f'<img id="sheet-{key}" class="sheet" alt="" src="{_uri(_png(sheet(video)[0]))}"></figure>'
         for key, video, caption in shown
     )
+    which = "both sides and their difference" if frames == 1 else f"frame {worst + 1}, where the sides differ most"
     still = np.concatenate([video[worst] for _, video, _ in shown], 1)
     return (
-        f'<section class="player" aria-label="The two videos"><div class="videos">{figures}</div>'
-        '<div class="controls"><button id="play" type="button">Pause</button>'
+        f'<section class="player" aria-label="The two {noun(m)}s"><div class="videos">{figures}</div>'
+        f'<div class="controls"{" hidden" if frames == 1 else ""}><button id="play" type="button">Pause</button>'
         f'<input id="scrub" type="range" min="0" max="{frames - 1}" value="0" step="1" aria-label="Frame">'
         '<output id="where"></output><button id="worst" type="button">Worst frame</button></div>'
-        f"<noscript><p>Without scripts: frame {worst + 1}, where the sides differ most.</p>"
+        f"<noscript><p>Without scripts: {which}.</p>"
         f'<img class="still" alt="A, B and their difference" src="{_uri(_png(still))}"></noscript></section>'
     )
 
@@ -136,7 +138,7 @@ def _request(m: dict[str, Any]) -> str:
     r, e = m["request"], m["environment"]
     chips = (
         f"seed {r['seed']}",
-        f"{r['width']} × {r['height']} px, {r['frames']} frames",
+        f"{r['width']} × {r['height']} px, {'a still' if r['frames'] == 1 else str(r['frames']) + ' frames'}",
         *([f"{r['tokens']:,} tokens"] if r["tokens"] else []),
         f"{r['steps']} steps",
         f"cfg {r['cfg']:g}",
@@ -150,14 +152,16 @@ def _request(m: dict[str, Any]) -> str:
 def _reading_help(m: dict[str, Any]) -> str:
     method = escape(m["quality"]["noise_floor_method"])
     convention = escape(m["quality"]["end_to_end"]["ssim_convention"])
+    made = noun(m)
+    over_time = """
+<p><b>Motion energy</b> is how much changes from frame to frame, <b>flicker</b> how unevenly it
+does; a side that freezes or trembles shows here.</p>"""
     return f"""<details><summary>How to read this</summary>
-<p>Both videos start from the same noise and the same prompt; only the arithmetic of attention
-differs. A difference therefore does not mean that a video is worse: small errors steer the sampling
+<p>Both {made}s start from the same noise and the same prompt; only the arithmetic of attention
+differs. A difference therefore does not mean that a {made} is worse: small errors steer the sampling
 onto another path, and 20 to 30 dB is usual for good methods.</p>
 <p>The <b>noise floor</b> is how far apart two runs are that are both exact ({method}). A side that
-is as close as the noise floor cannot be told from exact.</p>
-<p><b>Motion energy</b> is how much changes from frame to frame, <b>flicker</b> how unevenly it
-does; a side that freezes or trembles shows here.</p>
+is as close as the noise floor cannot be told from exact.</p>{over_time if made == "video" else ""}
 <p>{convention}.</p></details>"""
 
 
@@ -182,7 +186,7 @@ def _timing(m: dict[str, Any]) -> str:
     return (
         f"{_note(m)}{ratios}{_table(timing_rows(m), _heads(m, '')[:3])}"
         f"<p class=muted>Median (minimum to maximum) of {repeats} runs a side, in the order {escape(order)}; "
-        f"{escape(m['timing']['warm_up'])}. The video is decoded once per side and timed apart.</p>"
+        f"{escape(m['timing']['warm_up'])}. The {noun(m)} is decoded once per side and timed apart.</p>"
     )
 
 
@@ -191,9 +195,9 @@ def _note(m: dict[str, Any]) -> str:
 
 
 def _plots(m: dict[str, Any]) -> str:
-    pairs = [
-        ("PSNR of every frame, B against A, next to the noise floor", psnr_plot(m), psnr_plot(m, "dark"))
-    ]
+    pairs = []
+    if m["request"]["frames"] > 1:
+        pairs.append(("PSNR of every frame, B against A, next to the noise floor", psnr_plot(m), psnr_plot(m, "dark")))
     light, dark = error_plot(m), error_plot(m, "dark")
     if light and dark:
         pairs.append(("Attention error of side B for every layer and captured step", light, dark))

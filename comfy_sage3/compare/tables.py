@@ -28,20 +28,25 @@ class Row(NamedTuple):
     floor: str = ""
 
 
+def noun(m: dict[str, Any]) -> str:
+    """What was made: "picture" where the request was for one frame, else "video"."""
+    return "picture" if m["request"]["frames"] == 1 else "video"
+
+
 def headline(m: dict[str, Any]) -> tuple[str, str]:
     """A verdict a stranger understands, and the numbers it rests on."""
     a, b = m["sides"]["a"], m["sides"]["b"]
     end = m["quality"]["end_to_end"]
     pair, floor = end["a_vs_b"], end["noise_floor"]
-    names = PRECISION_NAMES[a["precision"]], PRECISION_NAMES[b["precision"]]
+    names, made = (PRECISION_NAMES[a["precision"]], PRECISION_NAMES[b["precision"]]), noun(m)
     if pair["identical"]:
-        verdict = "The two videos are identical, pixel for pixel,"
+        verdict = f"The two {made}s are identical, pixel for pixel,"
     elif pair["ssim"] >= CLOSE_SSIM:
-        verdict = f"{names[1].capitalize()} drew nearly the same video as {names[0]}"
+        verdict = f"{names[1].capitalize()} drew nearly the same {made} as {names[0]}"
     elif pair["ssim"] >= ALIKE_SSIM:
-        verdict = f"{names[1].capitalize()} drew a similar video to {names[0]}, with visible differences"
+        verdict = f"{names[1].capitalize()} drew a similar {made} to {names[0]}, with visible differences"
     else:
-        verdict = f"{names[1].capitalize()} drew a different video from {names[0]}"
+        verdict = f"{names[1].capitalize()} drew a different {made} from {names[0]}"
     kept = adherence_counts(m)
     verdict = verdict.removesuffix(",") if not kept["a"][1] else verdict
     verdict += f" and followed the prompt {_versus(kept['b'], kept['a'])}." if kept["a"][1] else "."
@@ -81,6 +86,7 @@ def quality_rows(m: dict[str, Any]) -> list[tuple[str, list[Row]]]:
     q = m["quality"]
     end = q["end_to_end"]
     pair, floor = end["a_vs_b"], end["noise_floor"]
+    made = noun(m)
     sections = []
     if q["replay"]:
         for kind, where in (("self", "self-attention"), ("cross", "cross-attention")):
@@ -90,27 +96,20 @@ def quality_rows(m: dict[str, Any]) -> list[tuple[str, list[Row]]]:
             sections.append((f"1. Same tensors, each kernel ({where})", rows))
     if q["one_step"]:
         sections.append(
-            ("2. Same noisy video, one step (against exact)", error_rows(q["one_step"]["summary"]))
+            (f"2. Same noisy {made}, one step (against exact)", error_rows(q["one_step"]["summary"]))
         )
-    sections.append(
-        (
-            "3. The finished videos (B against A)",
-            [
-                Row("PSNR", BASELINE, decibels(pair["psnr"]), decibels(floor["psnr"])),
-                Row("SSIM", BASELINE, f"{pair['ssim']:.4f}", f"{floor['ssim']:.4f}"),
-                Row(
-                    "worst frame",
-                    BASELINE,
-                    _worst(pair),
-                    _worst(floor),
-                ),
-                _moving("motion energy", end["motion_energy"]),
-                _moving("flicker", end["flicker"]),
-                adherence_row(m),
-            ],
-        )
-    )
-    return sections
+    over_time = [
+        Row("worst frame", BASELINE, _worst(pair), _worst(floor)),
+        _moving("motion energy", end["motion_energy"]),
+        _moving("flicker", end["flicker"]),
+    ]
+    rows = [
+        Row("PSNR", BASELINE, decibels(pair["psnr"]), decibels(floor["psnr"])),
+        Row("SSIM", BASELINE, f"{pair['ssim']:.4f}", f"{floor['ssim']:.4f}"),
+        *(over_time if made == "video" else []),
+        adherence_row(m),
+    ]
+    return [*sections, (f"3. The finished {made}s (B against A)", rows)]
 
 
 def error_rows(summary: dict[str, dict[str, float]]) -> list[Row]:
@@ -160,7 +159,7 @@ def timing_rows(m: dict[str, Any]) -> list[Row]:
     }
     rows = [Row(name, _spread(t["a"][key]), _spread(t["b"][key])) for key, name in names.items()]
     rows.append(
-        Row("decoding the video", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"]))
+        Row(f"decoding the {noun(m)}", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"]))
     )
     rows.append(Row("building kernels", _build(t["a"], m["sides"]["a"]), _build(t["b"], m["sides"]["b"])))
     rows.append(

@@ -1,19 +1,23 @@
 """``python -m tests.app.soak --minutes 30``: two clients compare without a pause; memory is to stay flat and no file behind.
 
-Prints resident memory and the app's files each minute. Ends with 1 where memory grew by more than a tenth after the first
-quarter, or where the temporary folder outlived the app.
+Prints resident memory, threads and the app's files each minute. Ends with 1, and says why, where the line fitted through
+the memory of the second half rises by more than ``BAR`` of it over that half, where a client failed, or where anything is
+left in the temporary folder after the app is closed. The first half is for caches that fill: ten minutes are the least.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import gradio_client
+import numpy as np
 
 from comfy_sage3.app.launch import private_folder, start
 from comfy_sage3.app.services import Services
@@ -21,11 +25,21 @@ from comfy_sage3.app.services import Services
 from .conftest import FakeEngine
 from .test_api import SMALL
 
+BAR = 0.02
+EACH = 5.0  # seconds between two looks at the memory
+
 
 def resident() -> float:
     """MiB of this process, which is the app's alone: the clients have their own."""
     with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def rise(seen: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of (seconds, MiB): the mean of the later half, and by how much the line fitted through it rises from end to end."""
+    times, sizes = np.array(seen[len(seen) // 2 :]).T
+    slope = float(np.polyfit(times - times.mean(), sizes, 1)[0])
+    return float(sizes.mean()), slope * float(times[-1] - times[0])
 
 
 def visit(address: str, minutes: float) -> int:
@@ -39,6 +53,31 @@ def visit(address: str, minutes: float) -> int:
     return 0
 
 
+def soak(minutes: float, out: Path) -> tuple[list[tuple[float, float]], bool]:
+    """Run the app and its clients: (seconds, MiB) every few seconds, and whether every client ended well."""
+    began, seen = time.monotonic(), []
+    with private_folder() as folder, tempfile.TemporaryDirectory() as theirs:
+        page, address = start(Services(out, open_engine=lambda name: FakeEngine(0.01)), host="127.0.0.1", port=0)
+        argv = [sys.executable, "-m", "tests.app.soak", "--minutes", str(minutes), "--visit", address]
+        visitors = [subprocess.Popen(argv, env={**os.environ, "TMPDIR": theirs}) for _ in range(2)]
+        told = began
+        while (now := time.monotonic()) < began + 60 * minutes:
+            seen.append((now - began, resident()))
+            if now >= told:
+                told += 60
+                files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+                runs = len(list(out.iterdir())) if out.exists() else 0
+                print(
+                    f"{now - began:4.0f} s: {runs} runs, {seen[-1][1]:.0f} MiB, {threading.active_count()} threads, "
+                    f"{len(files)} files of {sum(files) / 2**20:.1f} MiB",
+                    flush=True,
+                )
+            time.sleep(EACH)
+        well = not any([visitor.wait(120) for visitor in visitors])
+        page.close(verbose=False)
+    return seen, well
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
@@ -46,22 +85,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.visit:
         return visit(args.visit, args.minutes)
-    ends, seen = time.monotonic() + 60 * args.minutes, []
-    with tempfile.TemporaryDirectory() as out, private_folder() as folder:
-        page, address = start(Services(Path(out), open_engine=lambda name: FakeEngine(0.01)), host="127.0.0.1", port=0)
-        argv = [sys.executable, "-m", "tests.app.soak", "--minutes", str(args.minutes), "--visit", address]
-        visitors = [subprocess.Popen(argv) for _ in range(2)]
-        while time.monotonic() < ends:
-            time.sleep(min(60, max(1, 6 * args.minutes)))
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            size, runs = sum(path.stat().st_size for path in files) / 2**20, len(list(Path(out).iterdir()))
-            seen.append(resident())
-            print(f"{runs} runs, {seen[-1]:.0f} MiB, {len(files)} files of {size:.1f} MiB", flush=True)
-        failed = [visitor.wait(120) for visitor in visitors]
-        page.close(verbose=False)
-    settled = seen[len(seen) // 4]
-    print(f"memory {settled:.0f} to {seen[-1]:.0f} MiB; temporary folder {'left behind' if folder.exists() else 'gone'}")
-    return 1 if any(failed) or folder.exists() or seen[-1] > 1.1 * settled else 0
+    with tempfile.TemporaryDirectory() as mine, tempfile.TemporaryDirectory() as out:
+        tempfile.tempdir = mine  # so that whatever is left is the app's
+        seen, well = soak(args.minutes, Path(out))
+        left = sorted(str(path.relative_to(mine)) for path in Path(mine).rglob("*"))
+    level, more = rise(seen)
+    flat = more <= BAR * level
+    print(f"{'flat' if flat else 'GROWING'}: {more:+.1f} MiB over the second half, by a fit, of {level:.0f} MiB")
+    print(f"left in the temporary folder: {', '.join(left) or 'nothing'}")
+    if not well:
+        print("a client FAILED")
+    return 0 if flat and well and not left else 1
 
 
 if __name__ == "__main__":

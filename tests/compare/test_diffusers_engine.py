@@ -97,6 +97,29 @@ def test_cancelling_a_step_undoes_the_patch(engine):
     assert not engine.transformer._forward_pre_hooks
 
 
+@pytest.mark.parametrize("where", ["first replay", "last replay", "last velocity"])
+def test_an_inspection_can_be_cancelled_between_its_measurements(engine, where):
+    """Not only while it samples: a stop that comes later than that is heard at the next call, kernel or velocity."""
+    original, seen = wan_module().dispatch_attention_fn, []
+    engine.inspect(REQUEST, EXACT, FP4, lambda done, steps: seen.append((done, steps)))
+    replays, velocities = 3 * REQUEST.steps * LAYERS * 2, 3 * REQUEST.steps
+    assert len(seen) == REQUEST.steps + replays + velocities
+    assert [done / steps for done, steps in seen] == sorted(done / steps for done, steps in seen)
+    assert seen[-1][0] == seen[-1][1]
+    at = {"first replay": REQUEST.steps, "last replay": REQUEST.steps + replays - 1, "last velocity": len(seen) - 1}[where]
+    seen.clear()
+
+    def cancel(done, steps):
+        seen.append(done)
+        if len(seen) == at + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.inspect(REQUEST, EXACT, FP4, cancel)
+    assert wan_module().dispatch_attention_fn is original
+    assert not engine.transformer._forward_pre_hooks
+
+
 def test_other_models_and_other_threads_keep_diffusers_own_path(engine):
     calls = []
     q = torch.randn(1, 4, 2, 8)

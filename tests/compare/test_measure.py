@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from comfy_sage3.compare.capture import MAX_CAPTURED_BYTES, MAX_CAPTURED_STEPS, spread
 from comfy_sage3.compare.engine import EMULATED_NOTE, Request, Side
 from comfy_sage3.compare.measure import SCHEMA, SCHEMA_VERSION, compare, json_safe, pair
+from comfy_sage3.compare.page import report_html
 from comfy_sage3.compare.tables import command, headline, terminal
 from comfy_sage3.demo.sizes import CPU_SIZE, GPU_SIZE, MIN_TOKENS, Size
 from comfy_sage3.errors import EngineError, InputError
@@ -171,19 +173,28 @@ def test_two_identical_sides_are_called_identical(standin, request_, sides):
     assert numbers.startswith("Between the sides: no difference. Two exact runs (the noise floor) differ by PSNR")
 
 
-def test_a_single_frame_has_no_motion(standin, sides):
+def test_a_single_frame_is_called_a_picture_and_has_no_motion(standin, sides):
     standin.size = Size(16, 16, 5)
     one = Request("a red circle", Size(16, 16, 1), steps=1)
     finish = standin.finish
 
-    def first_frame(generation):
+    def second_frame(generation):
         finish(generation)
-        generation.video = generation.video[:1]
+        generation.video = generation.video[1:2]
 
-    standin.finish = first_frame
-    m = compare(standin, one, *sides, repeats=1).metrics
+    standin.finish = second_frame
+    made = compare(standin, one, *sides, repeats=1)
+    m = made.metrics
     assert m["quality"]["end_to_end"]["motion_energy"] == {"a": None, "b": None, "noise_floor": None}
-    assert "n/a" in terminal(m)
+    for told in (terminal(m), report_html(m, made.videos)):
+        assert "4-bit attention drew nearly the same picture as exact attention" in told
+        assert "The finished pictures (B against A)" in told
+        assert "decoding the picture" in told
+        seen = re.sub(
+            '<style>.*?</style>|<script.*?</script>|<div class="controls" hidden>.*?</div>|<[^>]*>', "", told, flags=re.S
+        )
+        for word in ("video", "frame", "motion", "flicker"):
+            assert word not in seen.lower(), word
 
 
 def test_videos_of_two_shapes_are_an_engine_error(standin, request_, sides):
