@@ -144,6 +144,7 @@ def start(
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from .closing import EndStreams
     from .page import build
     from .safety import Guard
     from .widgets import style
@@ -151,6 +152,7 @@ def start(
     page = build(services)
     page.queue(max_size=services.limits.queue + SPARE, default_concurrency_limit=4, api_open=False)
     allowed = [*(names or ()), *([] if is_local(host) else [host])]
+    guards = [Middleware(EndStreams, running=lambda: page.is_running), Middleware(Guard, names=allowed)]
     _, address, _ = page.launch(
         server_name=host,
         server_port=port or free_port(host),
@@ -170,7 +172,7 @@ def start(
         mcp_server=False,
         strict_cors=True,
         state_session_capacity=SESSIONS,
-        app_kwargs={"middleware": [Middleware(Guard, names=allowed)]},
+        app_kwargs={"middleware": guards},
         css=style(),
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO).set(**COLOURS),
     )
