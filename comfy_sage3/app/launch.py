@@ -26,8 +26,16 @@ PREFIX = "sage3-app-"  # of the temporary folder; the process's number follows
 SESSIONS = 100  # whose state is remembered; gradio would keep 10,000
 SPARE = 2  # places in gradio's own queue beyond those the page gives out, with words: for the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # the visitor's own: none is fetched
-COLOURS = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "#1d4ed8")
-COLOURS |= dict.fromkeys(("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "#1e40af")
+COLOURS = {  # white words on each are read at 4.5 to 1 or better
+    f"button_{kind}_background_fill{state}{theme}": colour
+    for kind, state, colour in (
+        ("primary", "", "#1d4ed8"),
+        ("primary", "_hover", "#1e40af"),
+        ("cancel", "", "#b91c1c"),
+        ("cancel", "_hover", "#991b1b"),
+    )
+    for theme in ("", "_dark")
+}
 MONO = ("ui-monospace", "Consolas", "monospace")
 
 

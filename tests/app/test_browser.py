@@ -354,6 +354,41 @@ def test_no_theme_and_no_width_overflows_or_hides_words(browser, app, width, the
     page.close()
 
 
+def enable(page):
+    """Every button as it looks when it can be pressed."""
+    page.evaluate("() => document.querySelectorAll('button[disabled]').forEach((button) => (button.disabled = false))")
+
+
+def contrast(one, other):
+    """Of two CSS colours, as WCAG has it."""
+
+    def luminance(colour):
+        parts = [float(x) / 255 for x in re.findall(r"[\d.]+", colour)[:3]]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_buttons_that_can_be_pressed_are_read_well_also_under_the_mouse(browser, app, theme):
+    page = opened(browser, app[0], f"?__theme={theme}")
+    buttons = {"Compare": ["#run", "#stop", "#next-seed"], "Study": ["#study-make", "#study-stop"], "Kernels": ["#examine"]}
+    for tab, selectors in buttons.items():
+        page.get_by_role("tab", name=tab).click()
+        for selector in selectors:
+            button = page.locator(selector)
+            enable(page)
+            button.scroll_into_view_if_needed()
+            for point in (lambda: page.mouse.move(0, 0), button.hover):
+                point()
+                page.wait_for_timeout(400)  # colours change slowly
+                ink, ground = button.evaluate("b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor]")
+                assert contrast(ink, ground) >= 4.5, (tab, selector, ink, ground)
+    page.close()
+
+
 def brightness(colour):
     return sum(float(x) for x in re.findall(r"[\d.]+", colour)[:3]) / 3
 
@@ -377,6 +412,7 @@ def test_axe_has_no_serious_finding(browser, app, theme):
     axe = find_axe()
     page = opened(browser, app[0], f"?__theme={theme}")
     page.get_by_role("button", name="Blind test").click()
+    enable(page)
     page.wait_for_timeout(1000)
     page.evaluate(axe)
     found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")

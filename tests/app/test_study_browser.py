@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_browser import Seen, choose, find_axe
+from .test_browser import Seen, choose, enable, find_axe
 
 SCRIPT = Path(__file__).parents[1] / "study" / "app_script.py"
 BUSY = 240_000  # ms: plots are drawn on a machine that does other things too
@@ -193,6 +193,7 @@ def test_axe_has_no_serious_finding(browser, app, theme):
     page = opened(browser, f"{app[0]}?__theme={theme}", "Study")
     for tab in TABS:
         page.get_by_role("tab", name=tab).click()
+        enable(page)
         page.wait_for_timeout(800)
         page.evaluate(axe)
         found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
