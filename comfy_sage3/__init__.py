@@ -4,11 +4,11 @@
     out = attention(q, k, v, precision="fp4")   # (batch, heads, tokens, head_dim)
 """
 
-from . import errors
+from . import errors, training
 from .attention import attention
 from .precision import Precision
 from .report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["Precision", "Report", "__version__", "attention", "errors"]
+__all__ = ["Precision", "Report", "__version__", "attention", "errors", "training"]

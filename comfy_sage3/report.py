@@ -36,6 +36,10 @@ class Report:
         self._calls: Counter[tuple[str, str, str, bool]] = Counter()
         self._gradients: Counter[str] = Counter()
 
+    def __deepcopy__(self, memo: object) -> Report:
+        """Itself: a copy of a model counts where the model does."""
+        return self
+
     def record(self, wished: str, kernel: str, reason: str, fell_back: bool, calls: int = 1) -> None:
         """Count ``calls`` calls that asked for ``wished`` and were served by ``kernel``."""
         with self._lock:

@@ -20,6 +20,7 @@ FLOORS = (
     ("compare", "comfyui"),  # comfyui offers the bundled weights, their prompts and the doctor, so they are below it
     ("demo", "plan", "doctor"),
     ("face",),  # comfy_sage3/__init__.py: the names a user imports
+    ("training",),
     ("attention",),
     ("dispatch",),
     ("kernels",),

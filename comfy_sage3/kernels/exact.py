@@ -6,7 +6,7 @@ or additive in q's dtype. Causal is top-left aligned, as in ``F.scaled_dot_produ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from .. import reference
 
 SCORES_AT_ONCE = 1 << 24  # held at a time by what writes out its scores, so that memory stays O(N * D)
 REFERENCE_HEAD_DIM = 256  # the widest the reference takes
+IN_PLACE_OF = "sage3_in_place_of"  # of a function in the place of PyTorch's attention: what was there before
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
@@ -26,10 +27,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
         return q @ k.transpose(-1, -2) @ v  # a sum over nothing: zeros, and part of the autograd graph
     gqa = q.shape[1] != k.shape[1]
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+        return _pytorchs()(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
     mask, dead = _open_dead_rows(_joined(mask, 0, q.shape[2], k.shape[2], is_causal))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    out = _pytorchs()(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return out.masked_fill(dead, 0.0)
+
+
+def _pytorchs() -> Callable[..., Tensor]:
+    """PyTorch's attention, also while ``training.sdpa_replaced`` has ours in its place."""
+    function = F.scaled_dot_product_attention
+    while hasattr(function, IN_PLACE_OF):
+        function = getattr(function, IN_PLACE_OF)
+    return function
 
 
 def with_lse(
