@@ -16,6 +16,7 @@ COMMANDS = {
     "sass": ("comfy_sage3.kernels.sass", "registers, spills and loops of every kernel, without a GPU"),
     "numerics": ("comfy_sage3.numerics", "the accuracy tables of docs/numerics.md"),
     "train-demo": ("comfy_sage3.demo.train", "train the bundled model on one GPU"),
+    "train-study": ("comfy_sage3.training_study.command", "does 8-bit attention train as exact attention does?"),
 }
 
 

@@ -91,7 +91,7 @@ class Trainer:
     def __init__(self, name: str, module: Any, args: argparse.Namespace, rate: float, decay: float) -> None:
         self.path = args.out / f"{name}.checkpoint.safetensors"
         self.module, self.budget, self.slice, self.rate, self.decay = module, args.budget, args.slice, rate, decay
-        self.parameters = dict(module.named_parameters())
+        self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "cpu"
