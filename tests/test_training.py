@@ -16,7 +16,7 @@ from comfy_sage3 import Report, training
 
 from .training_cases import Block, Place, TrainingCases, cosine, exact, plain, train
 
-CPU = Place("cpu", "int8-emulated", emulate=True)
+CPU = Place("cpu", "int8-emulated", "int8-emulated", emulate=True)
 
 
 @pytest.fixture

@@ -1,21 +1,25 @@
 """The ops of the 8-bit gradient, without a GPU: a library whose operators are the reference."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from comfy_sage3 import reference
+from comfy_sage3 import Report, attention, reference
+from comfy_sage3 import training as public
+from comfy_sage3.attention import attention_freeing
 from comfy_sage3.errors import InputError
 from comfy_sage3.kernels import build, exact, ops, training
 
 
 class Operators:
-    """What binding.cpp registers with SAGE3_TRAINING. The fp32 bytes of q, k and v stand for what is saved."""
+    """What binding.cpp registers of the gradient. The fp32 bytes of q, k and v stand for what is saved."""
 
     def __init__(self):
         self.gradients = 0
+        self.deterministic = []
 
     def int8_attention_saving(self, q, k, v, mask, is_causal, scale, return_lse, kernel):
         assert kernel == "sm90"
@@ -38,6 +42,7 @@ class Operators:
         assert (saved.dtype, out8.dtype, rows.shape) == (torch.uint8, torch.int8, (2, *dout.shape[:3]))
         assert (kv_heads, keys) == self.inputs[1].shape[1:3]
         self.gradients += 1
+        self.deterministic.append(deterministic)
         made = reference.int8_attention_backward(
             dout, *self.inputs, mask=mask, is_causal=is_causal, scale=scale, options=reference.OUR_INT8
         )
@@ -61,6 +66,13 @@ def library(monkeypatch):
     Library.operators = Operators()
     monkeypatch.setattr(build, "_outcome", Library(Path("fake.so"), "fake", ("90a",), "cache", 0.0))
     return Library.operators
+
+
+@pytest.fixture
+def hopper(library, monkeypatch):
+    """The CPU plays a GPU of sm_90 for the door, too."""
+    monkeypatch.setattr(sys.modules["comfy_sage3.attention"], "capability_of", lambda device: (9, 0))
+    return library
 
 
 def qkv(lq=33, lk=40, d=32, heads=4, kv_heads=2):
@@ -154,3 +166,92 @@ def test_what_is_kept_is_at_most_six_tenths_of_flash_attentions(library, d, head
 def test_larger_head_dims_are_refused(library):
     with pytest.raises(InputError, match="at most 128, this call has 160"):
         training.padded_head_dim(160)
+
+
+@pytest.mark.parametrize("d", [1, 32])
+@pytest.mark.parametrize("view", ["contiguous", "token-major", "channels apart"])
+def test_the_fake_strides_are_right(library, view, d):
+    q, k, v = (x.detach() for x in qkv(d=d))
+    if view == "token-major":
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    elif view == "channels apart":
+        q = q.mT.contiguous().mT
+    arguments = (None, False, 0.2, True)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = training.attend(*(mode.from_tensor(x) for x in (q, k, v)), *arguments)
+    for a, b in zip(fake, training.attend(q, k, v, *arguments), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+# ---- the door
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_the_door_trains_by_the_kernel_and_infers_by_the_other_op(hopper, monkeypatch, layout, return_lse):
+    tensors, report = qkv(), Report()
+    given = tensors if layout == "HND" else [x.transpose(1, 2) for x in tensors]
+    got = attention(*given, enable_gqa=True, layout=layout, precision="int8", return_lse=return_lse, report=report)
+    out = got[0] if return_lse else got
+    grads = torch.autograd.grad(out.square().sum(), tensors)
+    want = training.attend(*tensors, None, False, 32**-0.5, False)[0]
+    assert torch.equal(out if layout == "HND" else out.transpose(1, 2), want)
+    for a, b in zip(grads, torch.autograd.grad(want.square().sum(), tensors), strict=True):
+        assert torch.equal(a, b)
+    (line,) = report.lines()
+    assert (line["kernel"], line["reason"], line["fell_back"]) == ("int8-sm90", "asked for, runs on sm_90", False)
+    assert report.gradients() == {"int8-sm90": 1}
+
+    asked = []
+    monkeypatch.setattr(ops, "int8_attention_compiled", lambda *a: asked.append(a[-2]) or (want, want.new_empty(0)))
+    with torch.no_grad():
+        attention(*given, enable_gqa=True, layout=layout, precision="int8")
+    assert asked == ["sm90"]
+
+
+@pytest.mark.parametrize(("chosen", "switch", "told"), [(None, False, False), (None, True, True), (True, False, True)])
+def test_deterministic_is_a_choice_or_follows_torch(hopper, chosen, switch, told):
+    tensors = qkv()
+    torch.use_deterministic_algorithms(switch)
+    try:
+        public.attention(*tensors, enable_gqa=True, deterministic=chosen).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert hopper.deterministic == [told]
+    public.attention(*tensors, enable_gqa=True, deterministic=False).sum().backward()
+    assert hopper.deterministic == [told, False]
+
+
+def test_a_graph_is_compiled_anew_when_torch_is_to_be_deterministic(hopper):
+    tensors = qkv()
+
+    def loss(q, k, v):
+        return public.attention(q * 1.0, k, v, enable_gqa=True).square().sum()
+
+    graph = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    graph(*tensors).backward()
+    torch.use_deterministic_algorithms(True)
+    try:
+        graph(*tensors).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    graph(*tensors).backward()
+    assert hopper.deterministic == [False, True, False]
+
+
+def test_a_wider_head_trains_exactly_and_says_why(hopper):
+    tensors, report = qkv(d=160), Report()
+    attention(*tensors, enable_gqa=True, precision="int8", report=report).sum().backward()
+    (line,) = report.lines()
+    assert (line["kernel"], line["fell_back"]) == ("exact", True)
+    assert line["reason"] == "int8 needs a head_dim of at most 128 for its gradient; this call has 160"
+    assert hopper.gradients == 0
+
+
+def test_tensors_that_are_handed_over_keep_their_gradients(hopper):
+    tensors, report = qkv(), Report()
+    hold = list(tensors)
+    out = attention_freeing(hold, enable_gqa=True, precision="int8", report=report)
+    assert hold == []
+    assert all(x.any() for x in torch.autograd.grad(out.square().sum(), tensors))
+    assert report.gradients() == {"int8-sm90": 1}

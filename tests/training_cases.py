@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -26,10 +27,11 @@ B, H, LQ, LK, D = 2, 4, 70, 150, 40
 
 @dataclass(frozen=True)
 class Place:
-    """Where the cases run: what serves them there, and whether that has to be asked to."""
+    """Where the cases run: what serves them there, with gradients and without, and whether that has to be asked to."""
 
     device: str
     kernel: str
+    inference: str
     emulate: bool
 
     def randn(self, *shape, seed=0, dtype=torch.float32):
@@ -47,8 +49,16 @@ class Place:
         report = Report() if report is None else report
         out = training.attention(*args, emulate=self.emulate, report=report, **kwargs)
         if not torch.compiler.is_compiling():
-            assert {line["kernel"] for line in report.lines()} == {self.kernel}, report.summary()
+            assert {line["kernel"] for line in report.lines()} <= {self.kernel, self.inference}, report.summary()
         return out
+
+
+def calls_of(report):
+    """Forward passes by kernel."""
+    total = Counter()
+    for line in report.lines():
+        total[line["kernel"]] += line["calls"]
+    return total
 
 
 def exact(q, k, v, dout=None, mask=None, causal=False, scale=None, dlse=None):
@@ -187,7 +197,8 @@ class TrainingCases:
         wide = mask.detach().double().requires_grad_()
         q, k, v = (x.detach().double() for x in tensors)
         (want,) = torch.autograd.grad(((q @ k.mT * D**-0.5 + wide).softmax(-1) @ v).square().sum(), wide)
-        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+        assert got.shape == want.shape
+        assert cosine(got, want) > 0.99999
         (line,) = report.lines()
         assert (line["kernel"], line["reason"]) == ("exact", "int8 needs a mask that does not require grad; this one does")
 
@@ -327,9 +338,8 @@ class TrainingCases:
         checkpoint(attend, *tensors, use_reentrant=use_reentrant).backward(dout)
         for x, b in zip(tensors, want, strict=True):
             assert torch.equal(x.grad, b)
-        forward = {line["kernel"]: line["calls"] for line in report.lines()}
-        # reentrant: its first pass needs no gradients, and may be another op of the same kernel
-        assert forward == {place.kernel: 2}
+        # reentrant: its first pass is one without gradients
+        assert calls_of(report) == Counter([place.kernel, place.inference if use_reentrant else place.kernel])
         assert report.gradients() == {place.kernel: 1}
 
     @pytest.mark.parametrize("mask_kind", [None, "bool"])
@@ -337,6 +347,8 @@ class TrainingCases:
     def test_compiled_in_one_graph(self, place, backend, mask_kind):
         if backend == "inductor" and place.device == "cpu" and shutil.which("g++") is None:
             pytest.skip("inductor's CPU code needs g++")
+        if backend == "inductor" and place.device == "cuda":
+            pytest.importorskip("triton")
         torch._dynamo.reset()
         report, mask = Report(), mask_of(place, mask_kind)
 
@@ -352,7 +364,7 @@ class TrainingCases:
         for _ in range(2):
             for a, b in zip(torch.autograd.grad(graph(*tensors), tensors), want, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        assert {line["kernel"]: line["calls"] for line in report.lines()} == {place.kernel: 3}
+        assert calls_of(report) == {place.kernel: 3}
         assert report.gradients() == {place.kernel: 3}
 
     def test_forward_and_backward_are_counted(self, place):
@@ -362,7 +374,7 @@ class TrainingCases:
         out.sum().backward()
         with torch.no_grad():
             place.attention(*tensors, report=report)
-        assert report.lines()[0]["calls"] == 2
+        assert calls_of(report) == Counter([place.kernel, place.inference])
         assert report.gradients() == {place.kernel: 1}
         assert f"1 x {place.kernel}: gradients" in report.summary()
 
@@ -422,7 +434,7 @@ class TrainingCases:
         for each in (model, twin, exact_twin):
             each(x).square().sum().backward()
         for a, b, c in zip(model.parameters(), twin.parameters(), exact_twin.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
+            assert cosine(a.grad, b.grad) > 0.99999
             assert cosine(a.grad, c.grad) > LEAST
         assert report.gradients() == {place.kernel: 2}
         with pytest.raises(InputError, match="dropout_p is 0.1: 8-bit attention has no dropout"):
@@ -444,8 +456,8 @@ class TrainingCases:
         x.grad = None
         with training.sdpa_replaced(emulate=place.emulate) as replaced:
             run(x).square().sum().backward()
-        passes = 1 if use_reentrant is None else 2
-        assert {line["kernel"]: line["calls"] for line in replaced.report.lines()} == {place.kernel: passes}
+        again = {None: [], False: [place.kernel], True: [place.inference]}[use_reentrant]
+        assert calls_of(replaced.report) == Counter([place.kernel, *again])
         assert replaced.report.gradients() == {place.kernel: 1}
         for p, b in zip(parameters, want, strict=True):
             assert cosine(p.grad, b) > 0.995
@@ -461,7 +473,7 @@ class TrainingCases:
             model.zero_grad()
             torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
         for p, b in zip(model.parameters(), want, strict=True):
-            torch.testing.assert_close(p.grad, b, rtol=1e-4, atol=1e-4)
+            assert cosine(p.grad, b) > 0.9999  # linear layers may add up in another order, which moves a code here and there
         assert replaced.report.gradients() == {place.kernel: 2}
 
     def test_what_the_context_leaves_to_pytorch_it_names(self, place):
