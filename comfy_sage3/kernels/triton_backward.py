@@ -4,12 +4,13 @@ Two kernels: one walks over the queries of a tile of keys (dK, dV), one over the
 the scores anew, so that every sum has one writer: the same bits in every run.
 
     S = Q8 K8^T, P = 2^(S - lse), dP = dO V^T in 16 bit, dS = P (dP - delta)
-    dV = (P o)^T dO8         o: the scales of dO8, one a token; r: those of q8. Inside the quantised operand, since a contraction
-    dK = (dS r)^T Q8         over queries lets out nothing that differs from one to another. So Q8 are the forward pass's codes,
-    dQ = dS K                and a token whose gradient is small has all its digits.
+    dV = (P o)^T dO8, dK = (dS r)^T Q8, dQ = dS K
 
-P o and dS r are quantised for each tile, one scale a key. Both factors cost nothing: with P' = P o = 2^(S - (lse - log2 o)),
-dS r = P' (dP r/o - delta r/o).
+with o the scales of dO8, one a token, and r those of Q8: inside the operand that is quantised, since a contraction over
+queries lets out nothing that differs from one to another. So Q8 are the forward pass's codes, and a token whose gradient is
+small has all its digits. P o and dS r are quantised for each tile, one scale a key. Both factors cost nothing: P o = 2^(S -
+(lse - log2 o)), and dO is multiplied by r/o before it is rounded to 16 bits, so that dS r = P o (dP - delta) as it is. That
+also fits fp16 at any size of the gradients. dQ is divided by r/o at its end.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import triton.language as tl
 from .triton_forward import LEAST, TILE, codes, hide, larger, largest, load_codes
 
 # Planes of ``stats``, (STATS, heads, padded queries) fp32: what the kernels need of a query.
-UNIT, SHIFTED, RATIO, OFFSET, EXPONENT, DELTA = (tl.constexpr(i) for i in range(6))
-STATS = 6
+UNIT, SHIFTED, DELTA, EXPONENT, INVERSE = (tl.constexpr(i) for i in range(5))
+STATS = 5
 
 
 @triton.jit
@@ -30,11 +31,10 @@ def prepare_queries(
     heads, queries, padded, unit, stride_b, stride_h, stride_t,
     D: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """dO in 16 and in 8 bits, codes transposed, and the numbers of each query.
+    """dO in 16 bits, times r/o, and in 8 bits, codes transposed, and the numbers of each query.
 
-    UNIT: what a score of q8 . k8 counts, but for K's scale. EXPONENT: the LSE. SHIFTED: it less log2 of dO8's scale o; +inf
-    for a query that sees nothing or does not exist. RATIO: q8's scale over o. DELTA: rowsum(dO O) less the gradient of the
-    LSE. OFFSET: DELTA times RATIO.
+    UNIT: what a score of q8 . k8 counts, but for K's scale. EXPONENT: the LSE, and +inf for a query that sees nothing or is
+    beyond the end. SHIFTED: it less log2 o. DELTA: rowsum(dO O) less the gradient of the LSE, times r/o. INVERSE: o/r.
     """
     tiles = padded // BLOCK
     head = tl.program_id(0) // tiles
@@ -46,33 +46,31 @@ def prepare_queries(
     flat = head.to(tl.int64) * queries + token
     row = head.to(tl.int64) * padded + token
     at = dout + ((head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h)
-    x = tl.load(at + (token.to(tl.int64)[:, None] * stride_t + channel[None, :]), mask=real, other=0.0)
-    x16 = x.to(do16.dtype.element_ty)
-    tl.store(do16 + (row[:, None] * WIDTH + channel[None, :]), x16)
-    x = x.to(tl.float32)
+    x = tl.load(at + (token.to(tl.int64)[:, None] * stride_t + channel[None, :]), mask=real, other=0.0).to(tl.float32)
     top = largest(x, 1)
     o = tl.where(top == 0.0, 1.0, larger(top / 127.0, 1e-30))
     at_t = head.to(tl.int64) * padded * WIDTH + (channel[:, None] * padded + token[None, :])
     tl.store(do8_t + at_t, tl.trans(codes(x, (1.0 / o)[:, None])))
     tl.store(q8_t + at_t, tl.trans(load_codes(q8, row, channel, ROW, WIDTH)))
+    scale = tl.load(q_scale + row)
+    ratio = tl.where(scale == 0.0, 1.0, scale) / o
+    x = (x * ratio[:, None]).to(do16.dtype.element_ty)
+    tl.store(do16 + (row[:, None] * WIDTH + channel[None, :]), x)
 
     y = tl.load(out8 + (flat[:, None] * D + channel[None, :]), mask=real, other=0).to(tl.float32)
     y_scale = tl.load(rows + (total.to(tl.int64) * queries + flat), mask=there, other=0.0)
-    delta = tl.sum(x16.to(tl.float32) * y, 1) * y_scale
+    delta = tl.sum(x.to(tl.float32) * y, 1) * y_scale
     exponent = tl.load(rows + flat, mask=there, other=float("-inf"))
     dead = exponent == float("-inf")
     if WITH_DLSE:
-        delta -= tl.where(dead, 0.0, tl.load(dlse + flat, mask=there, other=0.0))
+        delta -= tl.where(dead, 0.0, tl.load(dlse + flat, mask=there, other=0.0) * ratio)
     exponent = tl.where(dead, float("inf"), exponent)
-    scale = tl.load(q_scale + row)
-    ratio = scale / o
     plane = total.to(tl.int64) * padded
     tl.store(stats + (UNIT * plane + row), scale * unit)
     tl.store(stats + (SHIFTED * plane + row), exponent - tl.log2(o))
-    tl.store(stats + (RATIO * plane + row), ratio)
-    tl.store(stats + (OFFSET * plane + row), delta * ratio)
-    tl.store(stats + (EXPONENT * plane + row), exponent)
     tl.store(stats + (DELTA * plane + row), delta)
+    tl.store(stats + (EXPONENT * plane + row), exponent)
+    tl.store(stats + (INVERSE * plane + row), 1.0 / ratio)
 
 
 @triton.jit
@@ -118,23 +116,21 @@ def _keys_tile(
     channel = tl.arange(0, WIDTH)
     q = load_codes(q8 + row * ROW, query, channel, ROW, WIDTH)
     at = stats + row + query
-    unit, shifted = tl.load(at + UNIT * plane), tl.load(at + SHIFTED * plane)
-    ratio, offset = tl.load(at + RATIO * plane), tl.load(at + OFFSET * plane)
+    unit, shifted, delta = tl.load(at + UNIT * plane), tl.load(at + SHIFTED * plane), tl.load(at + DELTA * plane)
     s = tl.dot(k, tl.trans(q), out_dtype=tl.int32).to(tl.float32)
     if EDGE:
-        s = hide(
-            s * (unit * k_scale)[None, :], query[None, :], key[:, None], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK
-        )
+        s *= (unit * k_scale)[None, :]
+        s = hide(s, query[None, :], key[:, None], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK)
         p = tl.exp2(s - shifted[None, :])
     else:
         p = tl.exp2(s * (unit * k_scale)[None, :] - shifted[None, :])
     do = tl.load(do16 + row * WIDTH + (query[:, None] * WIDTH + channel[None, :]))
     dp = tl.dot(v, tl.trans(do))
+    ds8, ds_scale = _quantize(p * (dp - delta[None, :]))
+    p8, p_scale = _quantize(p)
     across = row * WIDTH + (channel[:, None] * padded + query[None, :])
     do8 = tl.load(do8_t + across)
-    p8, p_scale = _quantize(p)
     dv += tl.dot(p8, tl.trans(do8), out_dtype=tl.int32).to(tl.float32) * p_scale[:, None]
-    ds8, ds_scale = _quantize(p * (dp * ratio[None, :] - offset[None, :]))
     q_t = tl.load(q8_t + across)
     dk += tl.dot(ds8, tl.trans(q_t), out_dtype=tl.int32).to(tl.float32) * ds_scale[:, None]
     return dk, dv
@@ -147,7 +143,7 @@ def keys_gradient(
     D: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys, of all query heads that share it. ``softmax_scale`` is a magnitude, as q8 has its sign."""
+    """dK and dV of a tile of keys, from all query heads that share it. ``softmax_scale`` is a magnitude: q8 has its sign."""
     tiles = tl.cdiv(keys, BLOCK_N)
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles
@@ -210,9 +206,8 @@ def _queries_tile(
     scale = tl.load(k_scale + start // TILE)
     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
     if EDGE:
-        s = hide(
-            s * (unit * scale)[:, None], query[:, None], key[None, :], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK
-        )
+        s *= (unit * scale)[:, None]
+        s = hide(s, query[:, None], key[None, :], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK)
         p = tl.exp2(s - exponent[:, None])
     else:
         p = tl.exp2(s * (unit * scale)[:, None] - exponent[:, None])
@@ -276,6 +271,7 @@ def queries_gradient(
 
     flat = head.to(tl.int64) * queries + query
     real = query < queries
+    total = total * tl.load(at + INVERSE * plane)[:, None]
     if WITH_DLSE:
         mean = tl.load(mean_k + kv_head * D + channel, mask=channel < D, other=0.0)
         gradient = tl.load(dlse + flat, mask=real, other=0.0)

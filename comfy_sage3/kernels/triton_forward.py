@@ -135,9 +135,7 @@ def _attend_tile(
     unit = (q_scale * tl.load(k_scale + start // TILE))[:, None]
     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
     if EDGE:
-        s = hide(
-            s * unit, query[:, None], key[None, :], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK
-        )  # fmt: skip
+        s = hide(s * unit, query[:, None], key[None, :], queries, keys, mask, mask_query, mask_key, CAUSAL, MASK)
         new = tl.maximum(top, tl.max(s, 1))
         reference = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - reference[:, None])
@@ -213,6 +211,4 @@ def attend(
     acc8 = codes(acc, (127.0 / larger(largest_out, LEAST))[:, None])
     tl.store(out8 + (flat[:, None] * D + channel[None, :]), acc8, mask=inside)
     at = out + (batch.to(tl.int64) * out_b + own.to(tl.int64) * out_h)
-    tl.store(
-        at + (query.to(tl.int64)[:, None] * out_t + channel[None, :]), acc.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(at + (query.to(tl.int64)[:, None] * out_t + channel[None, :]), acc.to(out.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
-"""8-bit attention with an 8-bit gradient in Triton, as torch ops: for GPUs that the compiled kernels of csrc/backward are not for.
+"""8-bit attention with an 8-bit gradient in Triton, as torch ops: for GPUs and head dims that csrc/backward is not for.
 
-The same numerics, with scales where Triton takes them best: one a token of Q, one for 128 keys of K, one for 128 tokens of each
-channel of V; of P and of dS one a key and tile of queries. P V and dS K are products in 16 bits, dO V^T is, as ever.
+The same numerics, with scales where Triton takes them best: one a token of Q and of dO, one for 128 keys of K, one for 128
+tokens of each channel of V; of P and of dS one a key and tile of queries. P V, dO V^T and dS K are products in 16 bits.
 
 Between the passes lie one byte a channel of q, k, v and of the output, and three numbers a token: 4.1 bytes where flash
 attention keeps the 8 of q, k, v and out in bf16. Triton comes with torch on Linux; it is imported when it is needed.
@@ -180,8 +180,10 @@ def _mask_arguments(mask: Tensor | None, like: Tensor, shape: tuple[int, ...]) -
     return (1, full.view(torch.uint8), full.stride()) if mask.dtype == torch.bool else (2, full, full.stride())
 
 
-def _tiles(x: Tiles) -> dict[str, int]:
-    return {"BLOCK_M": x.queries, "BLOCK_N": x.keys, "num_warps": x.warps, "num_stages": x.stages}
+def _launch(x: Tiles, mask: int) -> dict[str, int]:
+    """A mask's elements take their share of shared memory, and one stage of everything makes room for them."""
+    stages = max(1, x.stages - 1) if mask else x.stages
+    return {"BLOCK_M": x.queries, "BLOCK_N": x.keys, "num_warps": x.warps, "num_stages": stages}
 
 
 def _output_like(q: Tensor) -> Tensor:
@@ -223,9 +225,73 @@ def run_forward(
     kernels.attend[(b * h * -(-lq // chosen.forward.queries),)](
         at["q8"], at["q_scale"], q_mean, at["k8"], at["k_scale"], v16, mask, out, lse, out8, rows, h, h // hkv, lq, lk,
         space.q_padded, space.k_padded, abs(scale) * math.log2(math.e), *strides, *out.stride()[:3], D=d, WIDTH=width,
-        ROW=space.row, CAUSAL=is_causal, MASK=kind, WITH_LSE=return_lse, **_tiles(chosen.forward),
+        ROW=space.row, CAUSAL=is_causal, MASK=kind, WITH_LSE=return_lse, **_launch(chosen.forward, kind),
     )  # fmt: skip
     return out, lse, saved, out8, rows
+
+
+class Backward:
+    """The gradient of one forward pass: what its two kernels need, prepared, and each of them by tiles of one's choice."""
+
+    def __init__(
+        self, dout: Tensor, dlse: Tensor | None, saved: Tensor, out8: Tensor, rows: Tensor, mask: Tensor | None,
+        kv_heads: int, keys: int, is_causal: bool, scale: float, eight_bit_dq: bool,
+    ) -> None:  # fmt: skip
+        from . import triton_backward as kernels
+
+        b, h, lq, d = dout.shape
+        space, width = Workspace(b, h, kv_heads, lq, keys, d), padded_head_dim(d)
+        self.space, self.at, self.like, self.scale, self.eight_bit_dq = space, space.views(saved), dout, scale, eight_bit_dq
+        self.dlse = dlse
+        sixteen = _sixteen_bits(dout.dtype)
+        self.do16 = dout.new_empty((b * h, space.q_padded, width), dtype=sixteen)
+        self.do8_t, self.q8_t = (dout.new_empty((b * h, width, space.q_padded), dtype=torch.int8) for _ in range(2))
+        self.stats = dout.new_empty((kernels.STATS, b * h, space.q_padded), dtype=torch.float32)
+        self.v16 = dout.new_empty((b * kv_heads, space.k_padded, width), dtype=sixteen)
+        self.k_made = torch.empty_like(self.v16, dtype=torch.int8 if eight_bit_dq else torch.bfloat16)
+        kind, self.mask, self.mask_strides = _mask_arguments(mask, saved, (b, h, lq, keys))
+        sizes: dict[str, Any] = {"WIDTH": width, "ROW": space.row}
+        self.constants = sizes | {"D": d, "CAUSAL": is_causal, "MASK": kind}
+        dout, at = _channels_last(dout), self.at
+        kernels.prepare_queries[(b * h * (space.q_padded // _PREPARED),)](
+            dout, self._dlse(), at["q8"], at["q_scale"], out8, rows, self.do16, self.do8_t, self.q8_t, self.stats, h, lq,
+            space.q_padded, abs(scale) * math.log2(math.e), *dout.stride()[:3], D=d, BLOCK=_PREPARED,
+            WITH_DLSE=dlse is not None, **sizes,
+        )  # fmt: skip
+        kernels.prepare_keys[(b * kv_heads * (space.k_padded // _PREPARED),)](
+            at["k8"], at["k_scale"], at["v8"], at["v_scale"], self.k_made, self.v16, space.k_padded, BLOCK=_PREPARED,
+            TRANSPOSED=eight_bit_dq, **sizes,
+        )  # fmt: skip
+
+    def _dlse(self) -> Tensor:
+        return self.stats if self.dlse is None else self.dlse  # a kernel that is told so does not read it
+
+    def of_keys(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """(dk, dv)."""
+        from . import triton_backward as kernels
+
+        x, at = self.space, self.at
+        dk, dv = (self.like.new_empty((x.batch, x.kv_heads, x.keys, x.head_dim)) for _ in range(2))
+        kernels.keys_gradient[(x.batch * x.kv_heads * -(-x.keys // tiles.keys),)](
+            at["q8"], self.q8_t, self.do16, self.do8_t, self.stats, at["k8"], at["k_scale"], self.v16, self.mask, dk, dv,
+            x.kv_heads, x.queries, x.keys, x.q_padded, x.k_padded, abs(self.scale), *self.mask_strides,
+            GROUP=x.heads // x.kv_heads, **self.constants, **_launch(tiles, self.constants["MASK"]),
+        )  # fmt: skip
+        return dk, dv
+
+    def of_queries(self, tiles: Tiles) -> Tensor:
+        """dq."""
+        from . import triton_backward as kernels
+
+        x, at = self.space, self.at
+        dq = self.like.new_empty(self.like.shape)
+        kernels.queries_gradient[(x.batch * x.heads * -(-x.queries // tiles.queries),)](
+            at["q8"], self.do16, self.stats, at["k8"], self.k_made, at["k_scale"], self.v16, self.mask, self._dlse(),
+            at["mean_k"], dq, x.heads, x.heads // x.kv_heads, x.queries, x.keys, x.q_padded, x.k_padded, self.scale,
+            *self.mask_strides, EIGHT=self.eight_bit_dq, WITH_DLSE=self.dlse is not None, **self.constants,
+            **_launch(tiles, self.constants["MASK"]),
+        )  # fmt: skip
+        return dq
 
 
 def run_backward(
@@ -233,43 +299,14 @@ def run_backward(
     keys: int, is_causal: bool, scale: float, chosen: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What ``gradient`` returns, by tiles of one's choice."""
-    from . import triton_backward as kernels
-
-    b, h, lq, d = dout.shape
-    dq = dout.new_empty(dout.shape)
-    dk, dv = (dout.new_empty((b, kv_heads, keys, d)) for _ in range(2))
-    if dout.numel() == 0 or dk.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    space, width, group = Workspace(b, h, kv_heads, lq, keys, d), padded_head_dim(d), h // kv_heads
-    at, dout = space.views(saved), _channels_last(dout)
-    sixteen = _sixteen_bits(dout.dtype)
-    do16 = dout.new_empty((b * h, space.q_padded, width), dtype=sixteen)
-    do8_t, q8_t = (dout.new_empty((b * h, width, space.q_padded), dtype=torch.int8) for _ in range(2))
-    stats = dout.new_empty((kernels.STATS, b * h, space.q_padded), dtype=torch.float32)
-    v16 = dout.new_empty((b * kv_heads, space.k_padded, width), dtype=sixteen)
-    k_made = torch.empty_like(v16, dtype=torch.int8 if chosen.eight_bit_dq else torch.bfloat16)
-    kind, mask, strides = _mask_arguments(mask, saved, (b, h, lq, keys))
-    shared: dict[str, Any] = {"WIDTH": width, "ROW": space.row}
-    kernels.prepare_queries[(b * h * (space.q_padded // _PREPARED),)](
-        dout, saved if dlse is None else dlse, at["q8"], at["q_scale"], out8, rows, do16, do8_t, q8_t, stats, h, lq,
-        space.q_padded, abs(scale) * math.log2(math.e), *dout.stride()[:3], D=d, BLOCK=_PREPARED,
-        WITH_DLSE=dlse is not None, **shared,
+    if dout.numel() == 0 or kv_heads * keys == 0:
+        none = dout.new_zeros((dout.shape[0], kv_heads, keys, dout.shape[3]))
+        return torch.zeros_like(dout, memory_format=torch.contiguous_format), none, none.clone()
+    made = Backward(
+        dout, dlse, saved, out8, rows, mask, kv_heads, keys, is_causal, scale, chosen.eight_bit_dq
     )  # fmt: skip
-    kernels.prepare_keys[(b * kv_heads * (space.k_padded // _PREPARED),)](
-        at["k8"], at["k_scale"], at["v8"], at["v_scale"], k_made, v16, space.k_padded, BLOCK=_PREPARED,
-        TRANSPOSED=chosen.eight_bit_dq, **shared,
-    )  # fmt: skip
-    shared |= {"D": d, "CAUSAL": is_causal, "MASK": kind}
-    kernels.keys_gradient[(b * kv_heads * -(-keys // chosen.keys.keys),)](
-        at["q8"], q8_t, do16, do8_t, stats, at["k8"], at["k_scale"], v16, mask, dk, dv, kv_heads, lq, keys, space.q_padded,
-        space.k_padded, abs(scale), *strides, GROUP=group, **shared, **_tiles(chosen.keys),
-    )  # fmt: skip
-    kernels.queries_gradient[(b * h * -(-lq // chosen.queries.queries),)](
-        at["q8"], do16, stats, at["k8"], k_made, at["k_scale"], v16, mask, saved if dlse is None else dlse, at["mean_k"],
-        dq, h, group, lq, keys, space.q_padded, space.k_padded, scale, *strides, EIGHT=chosen.eight_bit_dq,
-        WITH_DLSE=dlse is not None, **shared, **_tiles(chosen.queries),
-    )  # fmt: skip
-    return dq, dk, dv
+    dk, dv = made.of_keys(chosen.keys)
+    return made.of_queries(chosen.queries), dk, dv
 
 
 # ------------------------------------------------------------------------------------------------ ops
