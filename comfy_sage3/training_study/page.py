@@ -18,16 +18,16 @@ IMAGES = {
     "training-seconds.png": (plots.seconds_plot, "Loss against seconds"),
 }
 SMALL = (
-    "**This is a miniature**: smaller than the study is meant to be, or made on a CPU. It shows that the code runs, and says "
-    "nothing about 8-bit attention."
+    "**This is a miniature**: smaller than the study is meant to be, or made on a CPU. It shows that the code runs, and "
+    "says nothing about 8-bit attention."
 )
 
 
 def write(source: Path, page: Path) -> list[str]:
     """Write the page and its plots -> what to tell the person. ``source``: a study's folder or its study.json.
 
-    Of a page that is there, only what lies between the two comments is replaced. Raises InputError where there are no results
-    or a page without these comments.
+    Of a page that is there, only what lies between the two comments is replaced. Raises InputError where there are no
+    results or a page without these comments.
     """
     found = groups(results(source))
     before, after = "# Training with 8-bit attention\n\n", "\n"
@@ -64,12 +64,13 @@ def _how(found: list[Group]) -> str:
     forms = "\n".join(f"- **{form}**: {text}." for form, text in FORMS.items() if any(form in g.runs for g in found))
     commands = "\n".join([*tables.commands(found), "python -m comfy_sage3 train-study report"])
     return (
-        "Runs of one setting and seed differ in the self-attention of the model and in nothing else: same weights at the start, "
-        "same clips, noise levels and noise at every step (`comfy_sage3/training_study`, on the bundled model's own training "
-        "code; bf16 autocast on a GPU). Losses are compared seed by seed. The held-out loss is that of the averaged weights on "
-        "clips that no run has seen, with fixed noise, and with the run's own attention. A verdict weighs the 95 % interval of "
-        "the mean difference (Student's t) against the standard deviation from seed to seed, which with so few seeds is itself "
-        "known only roughly. Prompts are of combinations that no run has seen, drawn with exact attention.\n\n"
+        "Runs of one setting and seed differ in the self-attention of the model and in nothing else: same weights at "
+        "the start, same clips, noise levels and noise at every step (`comfy_sage3/training_study`, on the bundled "
+        "model's own training code; bf16 autocast on a GPU). Losses are compared seed by seed. The held-out loss is "
+        "that of the averaged weights on clips that no run has seen, with fixed noise, and with the run's own "
+        "attention. A verdict weighs the 95 % interval of the mean difference (Student's t) against the standard "
+        "deviation from seed to seed, which with so few seeds is itself known only roughly. Prompts are of "
+        "combinations that no run has seen, drawn with exact attention.\n\n"
         f"{forms}\n\n```\n{commands}\n```\n\n" + "\n".join(f"Made on: {line}." for line in tables.machines(found))
     )
 
@@ -84,6 +85,6 @@ def _before(group: Group) -> list[str]:
 
 def _calls() -> str:
     return (
-        "Self-attention calls of all runs of training, by the kernel that served them. Cross-attention, whose 11 keys are the "
-        "prompt, is exact in every run."
+        "Self-attention calls of all runs of training, by the kernel that served them. Cross-attention, whose 11 keys are "
+        "the prompt, is exact in every run."
     )

@@ -38,7 +38,7 @@ def run(
     left = [arm for arm in arms(settings) if not store.done(arm.name, arm.setting)]
     paces = [(s, form) for s in settings if s.steps for form in s.forms if not store.done(pace.name_of(s, form), s)]
     outcome: dict[str, list[str]] = {DONE: [], CUT: [], FAILED: []}
-    set_up(os.cpu_count() or 1)
+    set_up()
     for setting, form in paces:
         name = pace.name_of(setting, form)
         if time.time() >= deadline:
@@ -84,9 +84,10 @@ def _each(jobs: Sequence[tuple[Any, ...]], workers: int) -> Any:
                 yield running[future], FAILED, "its process ended: run the command again, with fewer --workers"
 
 
-def set_up(threads: int) -> None:
-    """What ``train-demo`` sets, in every process."""
-    torch.set_num_threads(threads)
+def set_up(threads: int | None = None) -> None:
+    """What ``train-demo`` sets, in every process; and a process's share of the cores."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
