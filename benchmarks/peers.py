@@ -91,6 +91,28 @@ def _ours_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     return lambda: ops.int8_attention_gradient(q, None, *saved, None, heads, keys, causal, scale, False)[0]
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """With what it saves for the gradient."""
+    from comfy_sage3.kernels import triton_training
+
+    return lambda: triton_training.attend(q, k, v, None, causal, _scale(q), False)[0]
+
+
+def _triton_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """The gradient of one forward pass, with what prepares it; returns dq."""
+    from comfy_sage3.kernels import triton_training
+
+    scale, (heads, keys) = _scale(q), k.shape[1:3]
+    _, _, *saved = triton_training.attend(q, k, v, None, causal, scale, False)
+    return lambda: triton_training.gradient(q, None, *saved, None, heads, keys, causal, scale, True)[0]
+
+
+def _no_triton() -> str | None:
+    from comfy_sage3.kernels import triton_training
+
+    return _no_cuda() or triton_training.absent()
+
+
 def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA GPU"
 
@@ -200,6 +222,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("sm90-fast-kernel", "int8-fast-sm90, kernel", KERNEL, _ours_alone("sm90-fast"), _no_kernel("sm90-fast")),
     Peer("mma", "int8-mma", END_TO_END, _ours("mma"), _no_kernel("mma")),
     Peer("mma-kernel", "int8-mma, kernel", KERNEL, _ours_alone("mma"), _no_kernel("mma")),
+    Peer("int8-triton", "int8-triton, saving", END_TO_END, _triton, _no_triton),
     Peer("quantise", "int8 quantisation", QUANTISATION, _quantise, _no_kernel("mma")),
     *(
         Peer(f"{name}-backward", f"{label}, backward", PLAIN, _sdpa_backward(backend), absent, direction="backward")
@@ -210,6 +233,7 @@ PEERS: tuple[Peer, ...] = (
         )
     ),
     Peer("sm90-backward", "int8-sm90, backward", END_TO_END, _ours_backward, _no_kernel("sm90"), direction="backward"),
+    Peer("int8-triton-backward", "int8-triton, backward", END_TO_END, _triton_backward, _no_triton, direction="backward"),
 )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ FOREIGN = {
     "gradio": ("app/",),
     "starlette": ("app/launch.py",),  # what gradio's server is made of
     "ray": ("study/ray_runner.py",),
+    "triton": ("kernels/triton_forward.py", "kernels/triton_backward.py"),  # torch brings it, on Linux only
     "playwright": ("app/screenshots.py",),  # a command for who writes the README
 } | {name: ("comfyui/",) for name in COMFYUI}
 
