@@ -143,7 +143,7 @@ class CompareTab:
                 if isinstance(told_now, tuple):
                     yield (gr.skip(), *self._shown(*told_now))
                 else:
-                    failed = "" if stop.is_set() and told_now.failed.startswith("Stopped") else told_now.failed
+                    failed = "" if told_now.stopped else told_now.failed
                     yield (plain(told_now, uri), *same)
             if failed:
                 raise gr.Error(failed, print_exception=False)

@@ -23,6 +23,7 @@ from .memory import give_back
 from .services import HIDDEN_ERROR, Services
 
 log = logging.getLogger("comfy_sage3")
+WARMING = "warming up"
 TELL_SECONDS = 0.25  # the page hears this often, whatever the model's speed
 
 
@@ -44,13 +45,14 @@ class SideState:
 
 @dataclass
 class State:
-    """A run as the page shows it; ``failed`` is a sentence for the visitor."""
+    """A run as the page shows it; ``failed`` is a sentence for the visitor, who asked for it where ``stopped``."""
 
     doing: str = "starting"
     fraction: float = 0.0
     seconds: float = 0.0
     running: bool = True
     failed: str = ""
+    stopped: bool = False
     sides: dict[str, SideState] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ class Watched:
         self._engine.check(request, sides)
 
     def warm_up(self, request: Request, side: Side, on_step: OnStep) -> None:
-        self._engine.warm_up(request, side, self._on(side.label, "warming up", on_step))
+        self._engine.warm_up(request, side, self._on(side.label, WARMING, on_step))
 
     def generate(self, request: Request, side: Side, on_step: OnStep) -> Generation:
         return self._engine.generate(request, side, self._on(side.label, "sampling", on_step))
@@ -96,6 +98,8 @@ class Watched:
         self._key = label.lower() if label else None
         for key, side in self._state.sides.items():
             side.active = key == self._key
+            if not side.active and side.text.startswith(WARMING):  # its turn is yet to come
+                side.text, side.done, side.steps = "warmed up, waiting", 0, 0
         mine = self._state.sides.get(self._key or "")
         if mine:
             mine.text, mine.done, mine.steps = text, 0, 0
@@ -208,7 +212,7 @@ def watch(
             progress(0.99, "writing the results")
             made = comparison, keep(comparison)
         except Stopped:
-            state.failed = "Stopped: nothing was kept, and the model is as it was."
+            state.failed, state.stopped = "Stopped: nothing was kept, and the model is as it was.", True
         except Sage3Error as error:
             state.failed = str(error)
         except Exception as error:
@@ -258,7 +262,7 @@ def plain(state: State, uri: Callable[[np.ndarray], str]) -> dict[str, Any]:
         "fraction": state.fraction,
         "seconds": round(state.seconds, 1),
         "running": state.running,
-        "failed": bool(state.failed),
+        "failed": bool(state.failed) and not state.stopped,
         "sides": {
             key: {
                 "name": side.name,

@@ -41,6 +41,7 @@ HELP = (
     "Every prompt with every seed in every precision, each against exact attention, which is made once per prompt and "
     "seed. Everything is kept in the out folder as it is finished: stop it, close the page or the app, and go on later."
 )
+EMPTY = "No sweep is open: describe a new one and press Make and run, or choose an earlier one. Its results appear here."
 
 
 class StudyTab:
@@ -213,7 +214,8 @@ class StudyTab:
                     yield _state(now["doing"], now["fraction"], time.monotonic() - began), news
                     continue
                 fraction = 1.0 if outcome else now["fraction"]
-                ended = _state(said, fraction, time.monotonic() - began, running=False, failed=outcome is None)
+                failed = outcome is None and not stop.is_set()  # who asked for a stop is told of no failure
+                ended = _state(said, fraction, time.monotonic() - began, running=False, failed=failed)
                 yield ended, True
                 return
         finally:
@@ -231,7 +233,7 @@ class StudyTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 progress = widget("progress", elem_id="study-progress")
-                summary = widget("blocks", elem_id="study-summary")
+                summary = widget("blocks", [{"kind": "text", "text": EMPTY}], elem_id="study-summary")
                 plots = widget("plots", elem_id="study-plots")
                 details = widget("blocks", elem_id="study-details")
                 with gr.Row():

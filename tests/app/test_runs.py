@@ -53,6 +53,7 @@ def test_stopped_between_steps_nothing_is_kept_and_the_gpu_is_free(tmp_path):
         states.append(state)
         stop.set()
     assert states[-1].failed.startswith("Stopped")
+    assert not plain(states[-1], str)["failed"]  # it was asked for: no red frame
     assert states[-1].fraction < 1
     assert FakeEngine.closed == closed + 1
     assert services.gpu.acquire(blocking=False)

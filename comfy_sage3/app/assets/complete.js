@@ -25,11 +25,12 @@ function offer() {
   const open = data.groups.filter(([, values]) => !values.some((value) => object.includes(value)));
   const all = data.groups.flatMap(([, values]) => values);
   let found = last ? all.filter((word) => word.startsWith(last) && word !== last) : [];
-  if (!found.length && (!last || all.includes(last) || last in data.synonyms || data.fillers.includes(last))) {
+  const next = !found.length;
+  if (next && (!last || all.includes(last) || last in data.synonyms || data.fillers.includes(last))) {
     found = (open[0]?.[1] ?? []).concat(object.length > 1 && !words.includes("and") ? ["and"] : []);
   }
   root.hidden = !found.length;
-  root.replaceChildren(...found.slice(0, 8).map((word) => make("button", { type: "button", onclick: () => insert(word) }, word)));
+  root.replaceChildren(make("span", { class: "s3-quiet" }, next ? "Go on with:" : "Complete it:"), ...found.slice(0, 8).map((word) => make("button", { type: "button", onclick: () => insert(word) }, word)));
 }
 
 showing(root, (value) => {
