@@ -1,8 +1,7 @@
 """Triton's kernels on a CPU: what runs in a process of its own that was started with TRITON_INTERPRET=1.
 
-Two things are Triton's interpreter's and not the kernels': it multiplies bf16 as the integers that hold its bits, and takes a
-minute for a reduction by a function of one's own. Both are replaced here, so what the second is for, NaN that are passed on, is
-shown by tests/gpu only.
+Two faults of Triton's interpreter are mended: it multiplies bf16 as the integers that hold its bits, and takes a minute for a
+reduction by a function of one's own. What such a reduction is there for, NaN that are passed on, is shown by tests/gpu only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CONFIG = triton_training.Config(TILES, TILES, TILES)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. ``mask``: of this type, broadcast as ``mask_shape`` says; ``poison``: what the allocator hands out is NaN."""
+    """One call. ``mask``: its type; ``mask_shape``: its shape, 0 for a dimension's full size."""
 
     lq: int = 70
     lk: int = 100
@@ -141,9 +140,8 @@ def ops(_: None = None) -> list[str]:
     torch.library.opcheck(triton_training.attend, args, test_utils=("test_schema", "test_faketensor"))
     out, lse, *kept = triton_training.attend(*args)
     dout, dlse = torch.randn(out.shape, generator=g), torch.randn(lse.shape, generator=g)
-    torch.library.opcheck(
-        triton_training.gradient, (dout, dlse, *kept, None, 1, 50, True, 0.2, False), test_utils=("test_schema", "test_faketensor")
-    )
+    args = (dout, dlse, *kept, None, 1, 50, True, 0.2, False)
+    torch.library.opcheck(triton_training.gradient, args, test_utils=("test_schema", "test_faketensor"))
     got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse), retain_graph=True)
     for name, a, e in zip(("dq", "dk", "dv"), got, exact(q, k, v, dout, None, True, 0.2, dlse)[2:], strict=True):
         if _cosine(a, e) < 0.999:
