@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..files import put
 from . import plots, tables
 from .results import Group, groups, is_small
+from .seeds import MEANING
 from .settings import FORMS
 from .store import results
 
@@ -68,9 +69,7 @@ def _how(found: list[Group]) -> str:
         "the start, same clips, noise levels and noise at every step (`comfy_sage3/training_study`, on the bundled "
         "model's own training code; bf16 autocast on a GPU). Losses are compared seed by seed. The held-out loss is "
         "that of the averaged weights on clips that no run has seen, with fixed noise, and with the run's own "
-        "attention. A verdict weighs the 95 % interval of the mean difference (Student's t) against the standard "
-        "deviation from seed to seed, which with so few seeds is itself known only roughly. Prompts are of "
-        "combinations that no run has seen, drawn with exact attention.\n\n"
+        f"attention. Prompts are of combinations that no run has seen, drawn with exact attention. {MEANING}\n\n"
         f"{forms}\n\n```\n{commands}\n```\n\n" + "\n".join(f"Made on: {line}." for line in tables.machines(found))
     )
 
@@ -86,5 +85,5 @@ def _before(group: Group) -> list[str]:
 def _calls() -> str:
     return (
         "Self-attention calls of all runs of training, by the kernel that served them. Cross-attention, whose 11 keys are "
-        "the prompt, is exact in every run."
+        "the prompt, is exact in every run. The last column is the 8-bit gradient's own count."
     )

@@ -77,7 +77,9 @@ def _curves(group: Group, axes: Any, scale: dict[str, float]) -> list[tuple[Any,
         if group.steps >= 2 * SMOOTH:
             axes.plot(places * factor, _mean(np.array(trained)), style, color=colour, linewidth=0.8, alpha=0.6)
         steps, table = _looks(group, form)
-        (line,) = axes.plot(steps * factor, _mean(table), style, color=colour, marker="o", markersize=3, linewidth=1.5)
+        width = 4.0 if form == EXACT else 1.3  # so that it shows under what lies upon it
+        (line,) = axes.plot(steps * factor, _mean(table), style, color=colour, marker="o", markersize=3, linewidth=width)
+        line.set_alpha(0.5 if form == EXACT else 1.0)
         low, high = _range(table)
         axes.fill_between(steps * factor, low, high, color=colour, alpha=0.15, linewidth=0)
         drawn.append((line, _label(group, form)))

@@ -42,12 +42,17 @@ class Difference:
 
 WORDS = {
     "few": "too few seeds to say",
-    "within": "within seed noise: the whole interval holds 0 and lies within one standard deviation of the seeds",
-    "small": "a real difference, but smaller than what seeds do: the interval leaves out 0 and lies within one standard "
-    "deviation of the seeds",
-    "beyond": "beyond seed noise: the whole interval lies outside one standard deviation of the seeds",
-    "open": "not decided: the interval reaches from inside one standard deviation of the seeds to outside of it",
+    "within": "within seed noise",
+    "small": "real, but less than seed noise",
+    "beyond": "beyond seed noise",
+    "open": "not decided",
 }
+MEANING = (
+    "Verdicts weigh the 95 % interval of the mean difference (Student's t) against the standard deviation from seed to seed "
+    "of what it is compared with. *Within seed noise*: the interval holds 0 and lies within one standard deviation. *Real, "
+    "but less than seed noise*: it lies within one, and leaves out 0. *Beyond seed noise*: it lies outside of one. *Not "
+    "decided*: it reaches from inside to outside. With so few seeds the standard deviation itself is known only roughly."
+)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,6 +1,8 @@
 """A model of one layer and the smallest clips: an arm takes about a second."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from comfy_sage3.demo import load
 from comfy_sage3.training_study import arm as arm_module
 from comfy_sage3.training_study import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for study_made_up.py
 
 
 @pytest.fixture(scope="session")
