@@ -27,11 +27,13 @@ class Report:
     """A thread-safe tally of attention calls. One collector, many readers.
 
     ``handle`` is a text that stands for this report where only plain values can go: inside a torch op.
+    ``gradients_in``: another report that counts the backward passes, which come when this one may be gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients_in: Report | None = None) -> None:
         self._lock = threading.Lock()
         self.handle = f"report{next(_numbers)}"
+        self.gradient_handle = self.handle if gradients_in is None else gradients_in.handle
         _by_handle[self.handle] = self
         self._calls: Counter[tuple[str, str, str, bool]] = Counter()
         self._gradients: Counter[str] = Counter()
@@ -90,13 +92,13 @@ class Report:
 
 def note_of(report: Report, wished: str, kernel: str, reason: str, fell_back: bool) -> str:
     """One outcome as a text that a torch op can carry to where the call really runs; see ``record_note``."""
-    return f"{report.handle}|{wished}|{kernel}|{'fell back' if fell_back else ''}|{reason}"
+    return f"{report.handle}|{report.gradient_handle}|{wished}|{kernel}|{'fell back' if fell_back else ''}|{reason}"
 
 
 def record_note(note: str) -> None:
     """Count one call in the report that ``note`` names; "" and a report that is gone count nothing."""
     if note:
-        handle, wished, kernel, fell_back, reason = note.split("|", 4)
+        handle, _, wished, kernel, fell_back, reason = note.split("|", 5)
         report = _by_handle.get(handle)
         if report is not None:
             report.record(wished, kernel, reason, bool(fell_back))
@@ -105,7 +107,7 @@ def record_note(note: str) -> None:
 def record_gradient_note(note: str) -> None:
     """Count the backward pass of the call that ``note`` tells of; as ``record_note`` else."""
     if note:
-        handle, _, kernel, _ = note.split("|", 3)
+        _, handle, _, kernel, _ = note.split("|", 4)
         report = _by_handle.get(handle)
         if report is not None:
             report.record_gradient(kernel)

@@ -49,6 +49,18 @@ def test_gradients_are_counted_by_kernel_and_told_last():
     assert report.gradients() == {}
 
 
+def test_gradients_may_be_counted_in_a_report_that_outlives_the_call_s():
+    run = Report()
+    call = Report(gradients_in=run)
+    note = note_of(call, "int8", "int8-sm90", "asked for", False)
+    record_note(note)
+    assert [line["calls"] for line in call.lines()] == [1]
+    del call
+    gc.collect()
+    record_gradient_note(note)
+    assert (run.lines(), run.gradients()) == ([], {"int8-sm90": 1})
+
+
 def test_threads_lose_no_call():
     report = Report()
 

@@ -17,6 +17,7 @@ from .guard import Guard
 from .layers import NO_LAYERS, Layer, LayerList
 from .steps import Steps
 from .tally import Tally
+from .usage import Usage
 
 Override = Callable[..., Tensor]  # (func, q, k, v, heads, ...): func is the attention the user chose
 Wish = tuple[Precision, str]  # and, where the node itself wants a call exact, why
@@ -36,7 +37,8 @@ class Hook:
 
     def __init__(
         self, plan: PrecisionPlan, *, emulate: bool = False, node_id: str | None = None,
-        exact_layers: LayerList = NO_LAYERS, stop_on_trouble: bool = False, table: Table | None = None, note: str = "",
+        exact_layers: LayerList = NO_LAYERS, stop_on_trouble: bool = False, table: Table | None = None,
+        usage: Usage | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.emulate = emulate
@@ -44,7 +46,7 @@ class Hook:
         self.exact_layers = exact_layers
         self.stop_on_trouble = stop_on_trouble
         self.table = table
-        self.note = note  # a sentence for the node, whatever happened
+        self.usage = usage  # of a training: its time and memory
         self.guard = Guard()
         self.report = Report()
         self.tally = Tally()
@@ -83,6 +85,8 @@ class Hook:
         else:
             self._earlier_steps = self.step_count
         self.prompt_id = prompt_id
+        if self.usage is not None:
+            self.usage.begin()
         self.running = True
         self.inside_window, self.sigma = True, None
         self._wishes.clear()
@@ -94,6 +98,8 @@ class Hook:
         self.running = False
         self.steps.end()
         self.tally.settle()
+        if self.usage is not None:
+            self.usage.end()
 
     def enter_step(self, model_sampling: Any, sigma: Tensor) -> None:
         """Decide for a whole forward pass at noise level ``sigma`` (B,), which is read only if nothing else tells it."""
@@ -150,9 +156,7 @@ class Hook:
             found = self._decisions[key] = choose(call, wish, emulate=self.emulate)
         return found
 
-    def count(
-        self, layer: Layer | None, wished: str, kernel: str, reason: str, fell_back: bool, weight: int = 0
-    ) -> None:
+    def count(self, layer: Layer | None, wished: str, kernel: str, reason: str, fell_back: bool, weight: int = 0) -> None:
         """Count a call of ``weight`` scores. Not while a graph is traced: that is not a call yet."""
         if not torch.compiler.is_compiling():
             self.report.record(wished, kernel, reason, fell_back)

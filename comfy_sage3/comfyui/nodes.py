@@ -152,7 +152,7 @@ class Sage3Report(io.ComfyNode):
             description=(
                 "Says what Sage3 Attention did for this model: calls accelerated, calls that fell back, and "
                 "why. Put it after the sampler: the model is the one that was sampled, the latent the result. "
-                "After Train LoRA, connect what that made to 'after'."
+                "After Train LoRA, connect its loss_map to 'after': the report then has the loss of every step too."
             ),
             inputs=[
                 io.Model.Input("model"),
@@ -182,12 +182,25 @@ class Sage3Report(io.ComfyNode):
         message = "\n".join(status.text(h) for h in hooks)
         if not hooks:
             message = "This model did not go through a Sage3 Attention node: attention is ComfyUI's own."
-        shown = {
+        losses = _losses_of(after)
+        if losses:
+            message += f"\nLoss over {len(losses)} steps: {losses[0]:.4g} at first, {losses[-1]:.4g} at last."
+        shown: dict[str, Any] = {
             "text": [message],
             "sage3": [line for h in hooks for line in h.report.lines()],
             "sage3_run": [status.payload(h) for h in hooks],
         }
+        if losses:
+            shown["sage3_loss"] = losses
         return io.NodeOutput(model, latent, message, ui=shown)
+
+
+def _losses_of(after: Any) -> list[float]:
+    """The losses in Train LoRA's loss_map, {"loss": [...]}; none in anything else."""
+    losses = after.get("loss") if isinstance(after, dict) else None
+    if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
+        return []
+    return [float(x) for x in losses]
 
 
 class Sage3DemoPrompt(io.ComfyNode):

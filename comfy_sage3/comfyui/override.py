@@ -113,7 +113,7 @@ class _Served:
         # Counted apart until the kernel has returned, so that a failed call is counted once. A compiled graph
         # counts inside its ops, at every run, so there it is the node's own report that it must know.
         compiling = torch.compiler.is_compiling()
-        report = hook.report if compiling else Report()
+        report = hook.report if compiling else Report(gradients_in=hook.report)
         try:
             with self.timing(decision.kernel):
                 out = attention(call.q, call.k, call.v, report=report, **self._options(call, wish))

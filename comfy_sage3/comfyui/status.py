@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from ..report import Report
 from . import routes
 from .hook import Hook
 
@@ -39,9 +40,17 @@ def notes(hook: Hook) -> list[str]:
     said = [NO_LAYERS] if hook.tally.layers() == [""] else []
     if hook.replaced:
         said.append(REPLACED)
-    if hook.note:
-        said.append(hook.note)
-    return said
+    if hook.usage is not None:
+        said += [of_gradients(hook.report), hook.usage.text()]
+    return [line for line in said if line]
+
+
+def of_gradients(report: Report) -> str:
+    """Through what the gradients of a training ran: "Gradients in 8 bits: 12 x int8-sm90."."""
+    eight = ", ".join(f"{count} x {kernel}" for kernel, count in report.gradients().items()) or "none"
+    through_exact = sum(x["calls"] for x in report.lines() if x["kernel"] == "exact")
+    rest = f" {through_exact} calls ran through exact attention, and so did their gradients." if through_exact else ""
+    return f"Gradients in 8 bits: {eight}.{rest}"
 
 
 def payload(hook: Hook) -> dict[str, Any]:
@@ -88,6 +97,8 @@ def payload(hook: Hook) -> dict[str, Any]:
         "map": {"layers": tally.layers(), "steps": steps, "cells": tally.cells(steps)},
         "seconds": seconds,
         "saved_seconds": None if emulated else saved,
+        "gradients": hook.report.gradients(),
+        "training": None if hook.usage is None or hook.running else hook.usage.data(),
     }
 
 

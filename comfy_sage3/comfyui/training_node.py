@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
-from ..kernels.devices import KERNELS
 from ..precision import Precision, PrecisionPlan
 from . import inputs, status
 from .hook import Hook
 from .install import install
-
-NO_KERNEL = (
-    "This version has no 8-bit kernel with gradients: calls that need gradients run through exact attention, so training is "
-    "right, and not faster. With emulate they run in 8 bits in plain PyTorch, forward and backward, which is slow."
-)
-
-
-def has_kernel() -> bool:
-    """Whether some GPU's kernel gives gradients in 8 bits."""
-    return any(k.trainable and k.compiled is not None for k in KERNELS)
+from .usage import Usage
 
 
 class Sage3TrainingAttention(io.ComfyNode):
@@ -35,7 +26,7 @@ class Sage3TrainingAttention(io.ComfyNode):
             description=(
                 "Put it between the model loader and Train LoRA. Attention that needs gradients runs in 8 bits, forward "
                 "and backward, where a kernel for it exists, and through exact attention elsewhere: gradients are never "
-                "lost without a word." + ("" if has_kernel() else " " + NO_KERNEL)
+                "lost without a word. After training the node says what ran, how long it took and how much memory."
             ),
             inputs=[
                 io.Model.Input("model"),
@@ -58,9 +49,9 @@ class Sage3TrainingAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, precision: str, min_tokens: int, emulate: bool) -> io.NodeOutput:
-        note = "" if has_kernel() or emulate or precision == Precision.EXACT.value else NO_KERNEL
+        usage = Usage(torch.device(getattr(model, "load_device", "cpu")))
         hook = Hook(
             PrecisionPlan(Precision.parse(precision), min_tokens=min_tokens), emulate=emulate,
-            node_id=cls.hidden.unique_id, note=note,
+            node_id=cls.hidden.unique_id, usage=usage,
         )  # fmt: skip
         return io.NodeOutput(install(model, hook, status.publish, status.current_prompt, status.progress))

@@ -119,6 +119,16 @@ def test_attention_node_then_report_node(nodes, comfy):
     assert hook.prompt_id == "prompt-1"
 
 
+def test_after_train_lora_the_report_has_the_losses(nodes, comfy):
+    model = run_attention(nodes, comfy)
+    model.sample([1.0])
+    out = nodes.Sage3Report.execute(model, after={"loss": [0.5, 0.25, 0.125]})
+    assert out.ui["sage3_loss"] == [0.5, 0.25, 0.125]
+    assert out.args[2].endswith("\nLoss over 3 steps: 0.5 at first, 0.125 at last.")
+    for other in ({"loss": []}, {"loss": "none"}, {"loss": ["0.5"]}, {}, [0.5]):
+        assert "sage3_loss" not in nodes.Sage3Report.execute(model, after=other).ui
+
+
 def test_report_of_a_model_without_the_node(nodes, comfy):
     assert "did not go through" in nodes.Sage3Report.execute(comfy.Patcher(), {}).args[2]
 

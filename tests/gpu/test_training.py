@@ -87,8 +87,9 @@ def test_two_thousand_steps_without_a_number_that_is_not_finite(place, learning_
     sixteen = train(plain, 2000, learning_rate, "cuda")
     assert all(math.isfinite(x) for x in sixteen), "the rate is too high for exact attention, which was not to be"
     if learning_rate == 0.01:
-        assert max(eight[-100:]) < 0.2 * eight[0]
-        assert sum(eight) == pytest.approx(sum(sixteen), rel=0.05)
+        for losses in (eight, sixteen):
+            assert sum(losses[-500:]) / 500 < 0.1 * losses[0]
+        assert sum(eight) == pytest.approx(sum(sixteen), rel=0.1)
 
 
 def test_two_thousand_steps_in_half_precision_under_autocast(place):
@@ -100,4 +101,4 @@ def test_two_thousand_steps_in_half_precision_under_autocast(place):
 
     losses = train(attend, 2000, 0.01, "cuda")
     assert report.gradients() == {place.kernel: 2 * 2000}
-    assert max(losses[-100:]) < 0.2 * losses[0]
+    assert sum(losses[-500:]) / 500 < 0.1 * losses[0]
