@@ -1,7 +1,8 @@
 """Triton's kernels on a CPU: what runs in a process of its own that was started with TRITON_INTERPRET=1.
 
-Two faults of Triton's interpreter are mended: it multiplies bf16 as the integers that hold its bits, and takes a minute for
-a reduction by a function of one's own. What such a reduction is there for, NaN that are passed on, is shown by tests/gpu only.
+Two faults of Triton's interpreter are mended: it multiplies bf16 as the integers that hold its bits, and takes a minute
+for a reduction by a function of one's own. What such a reduction is there for, NaN that are passed on, is shown by
+tests/gpu only.
 """
 
 from __future__ import annotations
