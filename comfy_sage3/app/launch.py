@@ -24,6 +24,12 @@ GET_GRADIO = "pip install 'gradio>=6.31,<7'"
 OUT = "runs/app"
 PREFIX = "sage3-app-"  # of the temporary folder; the process's number follows
 SESSIONS = 100  # whose state is remembered; gradio would keep 10,000
+# No word to anyone; and no table, made anew after each event, of the last ten thousand ones.
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000",
+}
 SPARE = 2  # places in gradio's own queue beyond those the page gives out, with words: for the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # the visitor's own: none is fetched
 COLOURS = {  # white words on each are read at 4.5 to 1 or better
@@ -148,7 +154,7 @@ def start(
     services: Services, *, host: str, port: int, login: tuple[str, str] | None = None, names: list[str] | None = None
 ) -> Any:
     """Launch and return (page, address) without waiting. The caller closes the page."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.update(QUIET)
     import gradio as gr
     from starlette.middleware import Middleware
 

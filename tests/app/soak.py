@@ -1,8 +1,9 @@
 """``python -m tests.app.soak --minutes 30``: two clients compare without a pause; memory is to stay flat and no file behind.
 
-Prints resident memory, threads and the app's files each minute. Ends with 1, and says why, where the line fitted through
-the memory of the second half rises by more than ``BAR`` of it over that half, where a client failed, or where anything is
-left in the temporary folder after the app is closed. The first half is for caches that fill: ten minutes are the least.
+Prints resident memory (between two runs, and the most since the last line), threads and the app's files each minute. Ends
+with 1, and says why, where the line fitted through the memory between runs of the second half rises by more than ``BAR`` of
+it over that half, where a client failed, or where anything is left in the temporary folder after the app is closed. The
+first half is for caches that fill: ten minutes are the least.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import gradio_client
 import numpy as np
 
 from comfy_sage3.app.launch import private_folder, start
+from comfy_sage3.app.memory import give_back
 from comfy_sage3.app.services import Services
 
 from .conftest import FakeEngine
 from .test_api import SMALL
 
 BAR = 0.02
-EACH = 5.0  # seconds between two looks at the memory
+EACH = 1.0  # seconds between two looks at the memory, and
+REST = 15  # looks between two of them with no run under way
 
 
 def resident() -> float:
@@ -54,24 +57,32 @@ def visit(address: str, minutes: float) -> int:
 
 
 def soak(minutes: float, out: Path) -> tuple[list[tuple[float, float]], bool]:
-    """Run the app and its clients: (seconds, MiB) every few seconds, and whether every client ended well."""
+    """Run the app and its clients: (seconds, MiB) between runs, and whether every client ended well."""
     began, seen = time.monotonic(), []
     with private_folder() as folder, tempfile.TemporaryDirectory() as theirs:
-        page, address = start(Services(out, open_engine=lambda name: FakeEngine(0.01)), host="127.0.0.1", port=0)
+        services = Services(out, open_engine=lambda name: FakeEngine(0.01))
+        page, address = start(services, host="127.0.0.1", port=0)
         argv = [sys.executable, "-m", "tests.app.soak", "--minutes", str(minutes), "--visit", address]
         visitors = [subprocess.Popen(argv, env={**os.environ, "TMPDIR": theirs}) for _ in range(2)]
-        told = began
-        while (now := time.monotonic()) < began + 60 * minutes:
-            seen.append((now - began, resident()))
-            if now >= told:
+        told, most = began + 60, 0.0
+        for look in range(1, 10**9):
+            if (now := time.monotonic()) >= began + 60 * minutes:
+                break
+            most = max(most, resident())
+            if look % REST == 0:
+                with services.gpu:  # no run is under way, and none begins
+                    give_back()
+                    seen.append((now - began, resident()))
+            if now >= told and seen:
                 told += 60
                 files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
                 runs = len(list(out.iterdir())) if out.exists() else 0
                 print(
-                    f"{now - began:4.0f} s: {runs} runs, {seen[-1][1]:.0f} MiB, {threading.active_count()} threads, "
-                    f"{len(files)} files of {sum(files) / 2**20:.1f} MiB",
+                    f"{now - began:4.0f} s: {runs} runs, {seen[-1][1]:.0f} MiB, at most {most:.0f} MiB, "
+                    f"{threading.active_count()} threads, {len(files)} files of {sum(files) / 2**20:.1f} MiB",
                     flush=True,
                 )
+                most = 0.0
             time.sleep(EACH)
         well = not any([visitor.wait(120) for visitor in visitors])
         page.close(verbose=False)
