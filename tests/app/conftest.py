@@ -117,7 +117,7 @@ def find_chromium(playwright):
     names = ("chromium", "chromium-browser", "google-chrome")
     path = os.environ.get("SAGE3_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if path is None and not Path(playwright.chromium.executable_path).exists():
-        pytest.skip("There is no Chromium: apt install chromium, or playwright install chromium, or set SAGE3_CHROMIUM to one")
+        pytest.skip("There is no Chromium: install the distribution's or Playwright's, or set SAGE3_CHROMIUM")
     return path
 
 

@@ -36,7 +36,7 @@ def browser():
         names = ("chromium", "chromium-browser", "google-chrome")
         path = os.environ.get("SAGE3_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
         if path is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("There is no Chromium: apt install chromium, or playwright install chromium, or set SAGE3_CHROMIUM to one")
+            pytest.skip("There is no Chromium: install the distribution's or Playwright's, or set SAGE3_CHROMIUM")
         made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield made
         made.close()
