@@ -13,13 +13,26 @@ The kernel's ("row" scales) differs where a scale for a block costs accuracy or 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from . import smoothing
-from .formats import INT8_MAX, K_BLOCK, Q_BLOCK, UINT8_MAX, Granularity, pad_to, quantize_int8, round_int8_channels
-from .forward import Int8Options, by_kv_head, mean_scores, softmax_scale
+from .formats import (
+    E4M3_MAX,
+    INT8_MAX,
+    K_BLOCK,
+    Q_BLOCK,
+    UINT8_MAX,
+    Granularity,
+    pad_to,
+    quantize_int8,
+    round_e4m3,
+    round_int8_channels,
+)
+from .forward import Int8Options, by_kv_head, mean_scores, round_tokens, softmax_scale
 from .tiles import Plan, Shape, finite, hide_, pair_ranges, row_ranges
 
 
@@ -66,11 +79,10 @@ def int8_attention_backward(
         lse32 = lse32 - mean_scores(q32, mean_k, scale, shape)
     delta = (do32 * out.float()).sum(-1)
 
-    def psi(x: Tensor, role: str, granularity: Granularity = "block") -> Tensor:
-        if not options.quantize:
-            return x
-        return quantize_int8(x, granularity, "q" if role == "q" else "k").dequantize()
+    def psi(x: Tensor, role: Literal["q", "k"], granularity: Granularity = "block") -> Tensor:
+        return round_tokens(x, granularity, role, options) if options.quantize else x
 
+    fp8 = options.products == "fp8"
     # The scores repeat the forward pass. Where tokens are summed over, only a scale per block can leave the product.
     q_scores, q_block = (by_kv_head(x, shape) for x in (psi(q32, "q", options.granularity), psi(q32, "q")))
     k_scores, k_block = (pad_to(x, -2, K_BLOCK) for x in (psi(k32, "k", options.granularity), psi(k32, "k")))
@@ -120,8 +132,8 @@ def int8_attention_backward(
                     ds_keys, ds = _psi_rows(ds, g, INT8_MAX), _bf16(ds)
                     p = _psi_rows(p, g, UINT8_MAX)
                 elif options.quantize:
-                    _psi_tiles_(p, g)
-                    _psi_tiles_(ds, g)
+                    _psi_tiles_(p, g, fp8)
+                    _psi_tiles_(ds, g, fp8)
                 dv_acc[:, c0:c1].baddbmm_(p, do_rows_block)
                 dk_acc[:, c0:c1].baddbmm_(ds_keys, rows_block)
                 dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
@@ -135,14 +147,15 @@ def int8_attention_backward(
     return dq, dk, dv
 
 
-def _psi_tiles_(x: Tensor, groups: int) -> None:
-    """INT8 in place for x^T (n, keys, groups * rows), one scale for each 64 keys by 128 rows of one head."""
+def _psi_tiles_(x: Tensor, groups: int, fp8: bool = False) -> None:
+    """INT8 (or e4m3) in place for x^T (n, keys, groups * rows), one scale for each 64 keys by 128 rows of one head."""
     n, c, width = x.shape
     rows = width // groups
     block = Q_BLOCK if rows % Q_BLOCK == 0 else rows
     tiles = x.view(n, c // K_BLOCK, K_BLOCK, groups, rows // block, block)
-    scale = tiles.abs().amax((2, 5), keepdim=True).div_(INT8_MAX)
-    tiles.div_(torch.where(scale == 0, torch.ones_like(scale), scale)).round_().mul_(scale)
+    scale = tiles.abs().amax((2, 5), keepdim=True).div_(E4M3_MAX if fp8 else INT8_MAX)
+    tiles.div_(torch.where(scale == 0, torch.ones_like(scale), scale))
+    (tiles.copy_(round_e4m3(tiles)) if fp8 else tiles.round_()).mul_(scale)
 
 
 GRADIENT_ROWS = 64

@@ -22,6 +22,7 @@ from .formats import (
     BLOCK_SIZE,
     E2M1_MAX,
     E4M3_MAX,
+    INT8_MAX,
     UINT8_MAX,
     BlockFormat,
     Granularity,
@@ -116,6 +117,8 @@ class Int8Options:
         do_v: backward only. The product dO V^T: "high" (not quantised) or "int8", for comparison.
         gradient_scales: backward only. "block": one scale for 64 keys by 128 queries of P and of dS, and for a block of
             every other operand, as in the paper; or "row": as the compiled kernel computes, see ``backward``.
+        products: what the operands of the scores and of dV, dK and dQ are rounded to: "int8", or "fp8" (e4m3 with a scale
+            for the same group), for comparison. Needs gradient_scales "block".
         key_mean_term: backward only. Add rowsum(dS) . mean(K) to dQ, as the first paper does (see docs/numerics.md).
         quantize: False leaves every operand in fp32: the same steps, to check the algebra.
     """
@@ -127,6 +130,7 @@ class Int8Options:
     kv_tile: int = 128
     do_v: Literal["high", "int8"] = "high"
     gradient_scales: Literal["block", "row"] = "block"
+    products: Literal["int8", "fp8"] = "int8"
     key_mean_term: bool = False
     quantize: bool = True
 
@@ -138,8 +142,11 @@ class Int8Options:
         _one_of("granularity", self.granularity, ("block", "token", "thread"))
         _one_of("do_v", self.do_v, ("high", "int8"))
         _one_of("gradient_scales", self.gradient_scales, ("block", "row"))
+        _one_of("products", self.products, ("int8", "fp8"))
         if self.gradient_scales == "row" and self.do_v == "int8":
             raise InputError('gradient_scales is "row": that needs do_v "high".')
+        if self.gradient_scales == "row" and self.products == "fp8":
+            raise InputError('gradient_scales is "row": that needs products "int8".')
         _check_tile(self.kv_tile)
 
 
@@ -319,8 +326,8 @@ def int8_attention(
     k_smooth = k32 if mean_k is None else k32 - mean_k
     weigh: WeightRule = _weigh_exact
     if options.quantize:
-        q_op = quantize_int8(q32, options.granularity, "q").dequantize()
-        k_smooth = quantize_int8(k_smooth, options.granularity, "k").dequantize()
+        q_op = round_tokens(q32, options.granularity, "q", options)
+        k_smooth = round_tokens(k_smooth, options.granularity, "k", options)
         v32 = round_fp8_channels(v32) if options.pv == "fp8" else round_int8_channels(v32)
         weigh = _weigh_fp8(options) if options.pv == "fp8" else _weigh_uint8(options)
     else:
@@ -331,6 +338,15 @@ def int8_attention(
         block=_BLOCK_8, mask=shape.mask(mask), is_causal=is_causal, out_dtype=q.dtype,
     )  # fmt: skip
     return out, _restore_lse(lse, q32, mean_k, softmax, shape)
+
+
+def round_tokens(x: Tensor, granularity: Granularity, role: Literal["q", "k"], options: Int8Options) -> Tensor:
+    """x (..., tokens, D) as it is multiplied, fp32: in ``options.products``, with a scale for each group of tokens."""
+    made = quantize_int8(x, granularity, role)
+    if options.products == "int8":
+        return made.dequantize()
+    scale = (made.scales * (INT8_MAX / E4M3_MAX))[..., made.groups].unsqueeze(-1)
+    return round_e4m3(x / torch.where(scale == 0, torch.ones_like(scale), scale)) * scale
 
 
 _BLOCK_8 = 32  # keys whose maximum is taken first; the 8-bit formats have no block of their own along the keys

@@ -25,7 +25,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +34,17 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from comfy_sage3.kernels import build
+from comfy_sage3.kernels.training import MAX_HEAD_DIM
 from comfy_sage3.metrics import attention_error
 from comfy_sage3.reference import exact_attention
 from tests.gpu.calls import FAST, HEAD_DIMS, KERNELS, LOWEST
 from tests.gpu.exact import FAST_LSE, FAST_NORMAL, NORMAL, problems
+from tests.gpu.test_backward import NAMES, bounds, problem
+from tests.gpu.test_backward import exact as exact_gradients
 
 FP4 = "fp4"  # where the library has it: on sm_12x, or with SAGE3_EMULATE_FP4=1
-EVERY = (*KERNELS, FAST, FP4)
+GRADIENT = "gradient"  # sm90's forward pass, what it saves, and the backward pass; with the library for sm_90
+EVERY = (*KERNELS, FAST, FP4, GRADIENT)
 LEAST_COSINE = 0.9  # of fp4, whose rightness is for test_fp4.py to show
 
 
@@ -104,13 +108,14 @@ def main() -> int:
         print(f"no kernels: {outcome.reason}", file=sys.stderr)
         return 2
     here = torch.cuda.get_device_capability()
-    kernels = [n for n in EVERY if n != FP4 and LOWEST[n][0] <= here <= LOWEST[n][1] and args.kernel in (None, n)]
-    if hasattr(outcome.ops, "fp4_attention") and args.kernel in (None, FP4):
-        kernels.append(FP4)
+    kernels = [n for n in EVERY if n in LOWEST and LOWEST[n][0] <= here <= LOWEST[n][1] and args.kernel in (None, n)]
+    for name, operator in ((FP4, "fp4_attention"), (GRADIENT, "int8_attention_gradient")):
+        if hasattr(outcome.ops, operator) and args.kernel in (None, name):
+            kernels.append(name)
     wrong = 0
     for kernel in kernels:
         for call in calls():
-            if args.only not in call.name:
+            if args.only not in call.name or (kernel == GRADIENT and call.q.shape[-1] > MAX_HEAD_DIM):
                 continue
             q, k, v = (to_gpu(x) for x in (call.q, call.k, call.v))
             mask = None if call.mask is None else call.mask.cuda()
@@ -120,6 +125,10 @@ def main() -> int:
                 want, _ = exact_attention(call.q, call.k, call.v, mask=call.mask, is_causal=call.causal)
                 cosine = attention_error(out.cpu(), want)["cosine"]
                 found = [] if cosine >= LEAST_COSINE else [f"cosine {cosine:.4f}"]
+            elif kernel == GRADIENT:
+                found = [
+                    x for deterministic in (False, True) for x in wrong_gradients(outcome.ops, call, given, deterministic)
+                ]
             else:
                 out, lse = outcome.ops.int8_attention(*given, kernel)
                 torch.cuda.synchronize()
@@ -130,6 +139,20 @@ def main() -> int:
             wrong += len(found)
             print(f"{kernel:<9} {call.name}: {'; '.join(found) or 'right'}", flush=True)
     return 1 if wrong else 0 if kernels else 2
+
+
+def wrong_gradients(ops: Any, call: Call, given: tuple[Any, ...], deterministic: bool) -> list[str]:
+    """What is wrong with the gradients of ``call``, as sentences; ``given`` is what its forward pass takes on the GPU."""
+    q, k, v, mask, causal, scale, _ = given
+    generator = torch.Generator().manual_seed(2)
+    dout = torch.randn(call.q.shape, generator=generator).to(call.q.dtype)
+    _, _, *saved = ops.int8_attention_saving(*given, "sm90")
+    got = ops.int8_attention_gradient(dout.cuda(), None, *saved, mask, k.shape[1], k.shape[2], causal, scale, deterministic)
+    torch.cuda.synchronize()
+    want = exact_gradients(call.q, call.k, call.v, dout, causal, scale, call.mask)
+    most = bounds(call.q, call.k, call.v, dout, scale)
+    told = [(name, problem(a.cpu(), e, m)) for name, a, e, m in zip(NAMES, got, want, most, strict=True)]
+    return [f"{name}: {text}" for name, text in told if text is not None]
 
 
 def to_gpu(x: Tensor) -> Tensor:
