@@ -14,6 +14,8 @@ from .. import metrics
 from ..errors import InputError
 from .frames import MOST_SHOWN, FrameFolder, pixels, shown
 from .inputs import where_known
+from .status import current_prompt
+from .workflow_id import workflow_of
 
 VERSION = 1  # of the payload
 IDENTICAL = "identical"  # stands for an infinite PSNR, which JSON cannot hold
@@ -68,6 +70,8 @@ class Sage3Compare(io.ComfyNode):
         size = {"width": int(images_a.shape[2]), "height": int(images_a.shape[1])}
         payload = {"version": VERSION, "labels": labels, "fps": float(fps), **size, **found}
         payload |= {"shown": indices, "files": folder.reference() | files}
+        prompt = current_prompt()
+        payload |= {"prompt": prompt, "workflow": workflow_of(prompt)}
         payload["notes"] = notes(images_a, images_b, labels, len(indices))
         report = text(payload)
         return io.NodeOutput(report, ui={"text": [report], "sage3_compare": [payload]})

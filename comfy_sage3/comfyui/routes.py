@@ -2,7 +2,7 @@
 
 GET /sage3/doctor            examines the machine once per process, off the event loop
 GET /sage3/doctor?known=1    the same if it has been examined, else null
-GET /sage3/runs              {"runs": [the last payload of each node, oldest first], "build": the last event or null}
+GET /sage3/runs              {"runs": [the last payload of each workflow's node, oldest first], "build": the last event or null}
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_RUNS = 32
 log = logging.getLogger("comfy_sage3")
 
 _lock = threading.Lock()
-_runs: OrderedDict[str, dict[str, Any]] = OrderedDict()  # by node
+_runs: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()  # by workflow and node
 _build: dict[str, str] | None = None
 _doctor: dict[str, Any] | None = None
 _examining = threading.Lock()
@@ -31,9 +31,9 @@ _examining = threading.Lock()
 def remember(payload: dict[str, Any]) -> None:
     """Keep ``payload`` as the last of its node; those of the ``MOST_RUNS`` nodes that ran last are kept."""
     with _lock:
-        node = str(payload.get("node"))
-        _runs.pop(node, None)
-        _runs[node] = payload
+        key = str(payload.get("workflow")), str(payload.get("node"))
+        _runs.pop(key, None)
+        _runs[key] = payload
         while len(_runs) > MOST_RUNS:
             _runs.popitem(last=False)
 

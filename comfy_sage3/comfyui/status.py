@@ -9,6 +9,7 @@ from typing import Any
 from ..report import Report
 from . import routes
 from .hook import Hook
+from .workflow_id import workflow_of
 
 EVENT = "sage3.status"
 PAUSE = 0.25  # seconds between two events of a run
@@ -70,6 +71,7 @@ def payload(hook: Hook) -> dict[str, Any]:
         "version": 1,
         "node": hook.node_id,
         "prompt": hook.prompt_id,
+        "workflow": workflow_of(hook.prompt_id),
         "running": hook.running,
         "text": text(hook),
         "notes": notes(hook),

@@ -35,6 +35,22 @@ export function findNode(id) {
     return node;
 }
 
+// The id of the workflow in the tab in front; undefined where the front end gives workflows none.
+export function openWorkflow() {
+    return (app.rootGraph ?? app.graph)?.id;
+}
+
+// Whether a payload is of a workflow that is not the one in front. Its nodes may have the same ids.
+export function isElsewhere(payload) {
+    const open = openWorkflow();
+    return Boolean(payload?.workflow && open && payload.workflow !== open);
+}
+
+// What tells a workflow's node from another's with the same id.
+export function keyOf(payload) {
+    return `${payload.workflow ?? ""} ${payload.node}`;
+}
+
 // Every node of the open workflow, those in subgraphs too, with its id as in findNode.
 export function* allNodes(graph = app.rootGraph ?? app.graph, path = "") {
     for (const node of graph?.nodes ?? []) {

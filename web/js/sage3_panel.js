@@ -1,22 +1,22 @@
 // The "Sage3" tab of the bottom panel: the map of the last run, and what this machine can do.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { el, findNode, loadStyle, t } from "./sage3_common.js";
+import { el, findNode, isElsewhere, keyOf, loadStyle, t } from "./sage3_common.js";
 import { doctorView } from "./sage3_doctor.js";
 import { mapView } from "./sage3_map.js";
 import { refill, summary } from "./sage3_run.js";
 
-const runs = new Map(); // node id -> its last payload, the latest at the end
-let chosen = null; // the node whose map is shown; null: the latest
+const runs = new Map(); // workflow and node -> its last payload, the latest at the end
+let chosen = null; // the key of the run whose map is shown; null: the latest
 let place = null, map = null; // the elements while the tab is open
 
 export function remember(run) {
-    runs.delete(run.node);
-    runs.set(run.node, run);
+    runs.delete(keyOf(run));
+    runs.set(keyOf(run), run);
 }
 
 function name(run) {
-    const node = findNode(run.node);
+    const node = isElsewhere(run) ? null : findNode(run.node);
     const title = node?.comfyClass?.startsWith("Sage3") ? node.title : "Sage3 Attention"; // else it is another workflow's
     return `${title} (${t("node {0}", run.node)}, ${run.precision})`;
 }
@@ -30,7 +30,7 @@ function show() {
         refill(place, [el("h3", {}, t("Last run")), el("div", { className: "sage3-quiet" }, t("Nothing sampled since ComfyUI started."))]);
         return;
     }
-    const select = el("select", { "aria-label": t("Which run") }, all.map((x) => el("option", { value: x.node, selected: x === run }, name(x))));
+    const select = el("select", { "aria-label": t("Which run") }, all.map((x) => el("option", { value: keyOf(x), selected: x === run }, name(x))));
     select.addEventListener("change", () => {
         chosen = select.value;
         show();
@@ -67,7 +67,7 @@ app.registerExtension({
         });
         try {
             const answer = await api.fetchApi("/sage3/runs");
-            if (answer.ok) for (const run of (await answer.json()).runs) if (!runs.has(run.node)) remember(run);
+            if (answer.ok) for (const run of (await answer.json()).runs) if (!runs.has(keyOf(run))) remember(run);
         } catch {
             // a server without the routes: the panel then begins with the next run
         }

@@ -1,6 +1,6 @@
 // Sage3 Report shows its run as tables: by kernel, and by layer on demand.
 import { app } from "/scripts/app.js";
-import { addWidget, el, findNode, t } from "./sage3_common.js";
+import { addWidget, el, findNode, isElsewhere, t } from "./sage3_common.js";
 import { onOutput } from "./sage3_outputs.js";
 import { remember } from "./sage3_panel.js";
 import { refill, summary, tables } from "./sage3_run.js";
@@ -17,7 +17,7 @@ function show(node, output) {
     refill(box, parts.filter(Boolean));
     for (const run of runs) {
         // a node that ComfyUI did not run again, or whose tab was changed meanwhile, has seen no event
-        const attention = findNode(run.node);
+        const attention = isElsewhere(run) ? null : findNode(run.node);
         if (attention) showRun(attention, run);
         remember(run);
     }

@@ -1,15 +1,17 @@
 // Sage3 Attention says on the node what becomes of the model's attention, while it samples and after.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { addWidget, el, findNode, loadStyle, loadWords, setting, t } from "./sage3_common.js";
+import { addWidget, allNodes, el, findNode, isElsewhere, keyOf, loadStyle, loadWords, openWorkflow, setting, t } from "./sage3_common.js";
 import { refill, summary } from "./sage3_run.js";
 
 const CLASSES = ["Sage3Attention", "Sage3TrainingAttention"];
 const boxes = new WeakMap(); // node -> its element
+const last = new Map(); // workflow and node -> its last run, for when the workflow comes to the front again
 
 export function showRun(node, run) {
     const box = boxes.get(node);
     if (!box) return;
+    if (run.workflow) last.set(keyOf(run), run);
     refill(box, summary(run));
     box.dataset.state = run.running ? "running" : "done";
 }
@@ -31,9 +33,17 @@ app.registerExtension({
         await loadWords();
         api.addEventListener("sage3.status", ({ detail: run }) => {
             if (run.running && !setting("Sage3.LiveStatus", true)) return;
-            const node = findNode(run.node);
+            const node = isElsewhere(run) ? null : findNode(run.node);
             if (node) showRun(node, run);
+            else if (run.workflow) last.set(keyOf(run), run);
         });
+    },
+    // A change of tabs makes the nodes anew.
+    afterConfigureGraph() {
+        for (const [id, node] of allNodes()) {
+            const run = last.get(keyOf({ workflow: openWorkflow(), node: id }));
+            if (run) showRun(node, run);
+        }
     },
     nodeCreated(node) {
         if (!CLASSES.includes(node.comfyClass)) return;

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from PIL import Image
-from screen import FRAMES, LAYERS, STEPS, open_page, ours
+from screen import FRAMES, LAYERS, STEPS, open_page, ours, workflow
 
 from comfy_sage3.workflow import OutputFile
 
@@ -326,7 +326,8 @@ def test_the_panel_has_the_map_and_the_machine(screen):
     assert [row.split()[0] for row in rows] == ["auto", "fp4", "int8", "int8-fast", "exact"]
     assert sum("✓" in row for row in rows) == 4
     screen.picture("panel")
-    panel.get_by_label("Which run").select_option("10")
+    choice = panel.get_by_label("Which run")
+    choice.select_option(choice.locator("option").filter(has_text=f"node {EXACT},").get_attribute("value"))
     assert panel.locator(".sage3-badge").inner_text() == "not active"
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.sage3')")
 
@@ -406,6 +407,17 @@ def test_a_build_is_told_once(screen):
     assert page.get_by_text("Kernels are being built.").count() == 0  # it failed at once: one word is enough
 
 
+def test_news_of_another_workflow_stay_off_a_node_of_the_same_id(screen):
+    box = screen.element(LOW, "status")
+    mine = screen.page.evaluate("() => (app.rootGraph ?? app.graph).id")
+    screen.send("sage3.status", BADGES["active"] | {"workflow": mine})
+    assert box.locator(".sage3-badge").inner_text() == "active"
+    screen.send("sage3.status", BADGES["fell back"] | {"workflow": "another"})
+    assert box.locator(".sage3-badge").inner_text() == "active"
+    screen.send("sage3.status", BADGES["fell back"] | {"workflow": None})  # queued by a script, without a workflow
+    assert box.locator(".sage3-badge").inner_text() == "fell back"
+
+
 def test_a_reopened_workflow_shows_its_results_again(screen):
     page = screen.page
     page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
@@ -443,6 +455,58 @@ def test_the_node_is_found_in_the_search_box(screen):
     waiting.first.wait_for()
     assert "Nothing sampled" in waiting.first.inner_text()
     screen.picture("search")
+
+
+def test_a_run_is_told_to_its_own_tab_though_another_is_in_front(screen):
+    """Two workflows with the same ids: one is queued, the other brought to the front while it samples."""
+    page = screen.page
+    page.evaluate(
+        """() => {
+            window.sage3Later = [];
+            const told = ({ detail }) => window.sage3Later.push([detail.node, detail.workflow, detail.running]);
+            window.comfyAPI.api.api.addEventListener("sage3.status", told);
+        }"""
+    )
+
+    def opened(seed, steps):
+        made = workflow(seed)
+        for node in made["nodes"]:
+            if node["type"] == "KSampler":
+                node["widgets_values"][2] = steps
+        page.evaluate("made => app.loadGraphData(made)", made)
+        return page.evaluate("() => (app.rootGraph ?? app.graph).id")
+
+    seed = 31 if screen.renderer == "vue" else 32
+    first = opened(seed, 10)
+    page.wait_for_timeout(500)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("() => window.sage3Later.length", timeout=120_000)
+    second = opened(seed + 10, 3)
+    assert first != second
+    over = "([node, flow]) => window.sage3Later.some(([n, w, running]) => n === node && w === flow && !running)"
+    page.wait_for_function(over, arg=[LOW, first], timeout=240_000)
+    for _ in range(100):  # the reports and the comparison come after the sampling
+        queue = screen.client._json("/queue")
+        if not queue["queue_running"] and not queue["queue_pending"]:
+            break
+        page.wait_for_timeout(300)
+    page.wait_for_timeout(1000)
+    assert screen.element(LOW, "status").get_attribute("data-state") == "waiting"
+    assert "Not run yet" in screen.element(LOW_REPORT, "report").inner_text()
+    assert screen.element(COMPARE, "compare").locator(".sage3-count").inner_text() == ""
+
+    command = "() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')"
+    page.evaluate(command)
+    page.wait_for_function("id => (app.rootGraph ?? app.graph).id === id", arg=first)
+    page.wait_for_function("() => document.querySelector('.sage3-compare .sage3-count')?.textContent", timeout=20_000)
+    assert screen.element(LOW, "status").locator(".sage3-badge").inner_text() == EMULATED
+    assert screen.element(LOW_REPORT, "report").locator("table").count() == 2
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.NextOpenedWorkflow')")
+    page.wait_for_function("id => (app.rootGraph ?? app.graph).id === id", arg=second)
+    page.wait_for_timeout(1000)
+    assert "Not run yet" in screen.element(LOW_REPORT, "report").inner_text()
+    page.evaluate(command)
+    page.wait_for_function("id => (app.rootGraph ?? app.graph).id === id", arg=first)
 
 
 def test_the_console_has_no_errors_of_ours(screen):
