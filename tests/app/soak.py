@@ -1,9 +1,9 @@
 """``python -m tests.app.soak --minutes 30``: two clients compare without a pause; memory is to stay flat and no file behind.
 
-Prints resident memory (between two runs, and the most since the last line), threads and the app's files each minute. Ends
-with 1, and says why, where the line fitted through the memory between runs of the second half rises by more than ``BAR`` of
-it over that half, where a client failed, or where anything is left in the temporary folder after the app is closed. The
-first half is for caches that fill: ten minutes are the least.
+Once a minute the clients wait for each other, and what the app then holds is printed, with the most that it held while it
+worked, its threads and its files. Ends with 1, and says why, where the line fitted through the memory of the second half
+rises by more than ``BAR`` of it over that half, where a client failed, or where anything is left in the temporary folder
+after the app is closed. The first half is for caches that fill: ten minutes are the least.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from .conftest import FakeEngine
 from .test_api import SMALL
 
 BAR = 0.02
-EACH = 1.0  # seconds between two looks at the memory, and
-REST = 15  # looks between two of them with no run under way
+EACH = 1.0  # seconds between two looks at the memory while the app works
+REST = 60.0  # seconds between two at rest
+PAUSE = "pause"  # a file in the clients' folder: they wait while it is there, and say so by another
 
 
 def resident() -> float:
@@ -48,7 +49,13 @@ def rise(seen: list[tuple[float, float]]) -> tuple[float, float]:
 def visit(address: str, minutes: float) -> int:
     """Come, compare, leave, again and again; a still now and then, which makes files."""
     ends, runs = time.monotonic() + 60 * minutes, 0
+    pause = Path(tempfile.gettempdir()) / PAUSE
+    waits = pause.with_name(f"waits-{os.getpid()}")
     while time.monotonic() < ends:
+        if pause.exists():
+            waits.touch()
+            time.sleep(0.1)
+            continue
         client = gradio_client.Client(address, verbose=False)
         client.predict(*[*SMALL[:6], 1 if runs % 3 == 0 else 5, *SMALL[7:]], api_name="/compare")
         client.close()
@@ -56,25 +63,34 @@ def visit(address: str, minutes: float) -> int:
     return 0
 
 
+def at_rest(theirs: Path, clients: int) -> float:
+    """MiB while no client asks for anything."""
+    for late in theirs.glob("waits-*"):  # of the last time
+        late.unlink()
+    (theirs / PAUSE).touch()
+    until = time.monotonic() + 120
+    while len(list(theirs.glob("waits-*"))) < clients and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(1)  # what follows a run, in gradio's threads
+    give_back()
+    found = resident()
+    (theirs / PAUSE).unlink()
+    return found
+
+
 def soak(minutes: float, out: Path) -> tuple[list[tuple[float, float]], bool]:
-    """Run the app and its clients: (seconds, MiB) between runs, and whether every client ended well."""
+    """Run the app and its clients: (seconds, MiB) at rest, and whether every client ended well."""
     began, seen = time.monotonic(), []
     with private_folder() as folder, tempfile.TemporaryDirectory() as theirs:
-        services = Services(out, open_engine=lambda name: FakeEngine(0.01))
-        page, address = start(services, host="127.0.0.1", port=0)
+        page, address = start(Services(out, open_engine=lambda name: FakeEngine(0.01)), host="127.0.0.1", port=0)
         argv = [sys.executable, "-m", "tests.app.soak", "--minutes", str(minutes), "--visit", address]
         visitors = [subprocess.Popen(argv, env={**os.environ, "TMPDIR": theirs}) for _ in range(2)]
-        told, most = began + 60, 0.0
-        for look in range(1, 10**9):
-            if (now := time.monotonic()) >= began + 60 * minutes:
-                break
+        rests, most = began + REST, 0.0
+        while (now := time.monotonic()) < began + 60 * minutes:
             most = max(most, resident())
-            if look % REST == 0:
-                with services.gpu:  # no run is under way, and none begins
-                    give_back()
-                    seen.append((now - began, resident()))
-            if now >= told and seen:
-                told += 60
+            if now >= rests:
+                rests += REST
+                seen.append((now - began, at_rest(Path(theirs), len(visitors))))
                 files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
                 runs = len(list(out.iterdir())) if out.exists() else 0
                 print(

@@ -16,8 +16,9 @@ export function remember(run) {
 }
 
 function name(run) {
-    const node = isElsewhere(run) ? null : findNode(run.node);
-    const title = node?.comfyClass?.startsWith("Sage3") ? node.title : "Sage3 Attention"; // else it is another workflow's
+    const node = findNode(run.node);
+    const here = !isElsewhere(run) && node?.comfyClass?.startsWith("Sage3");
+    const title = here ? node.title : t("Another workflow");
     return `${title} (${t("node {0}", run.node)}, ${run.precision})`;
 }
 
