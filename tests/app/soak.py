@@ -9,6 +9,7 @@ after the app is closed. The first half is for caches that fill: ten minutes are
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def at_rest(theirs: Path, clients: int) -> float:
     while len(list(theirs.glob("waits-*"))) < clients and time.monotonic() < until:
         time.sleep(0.1)
     time.sleep(1)  # what follows a run, in gradio's threads
+    gc.collect()  # what is no longer reachable is not held, though Python may not have looked yet
     give_back()
     found = resident()
     (theirs / PAUSE).unlink()
