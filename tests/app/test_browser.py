@@ -270,6 +270,9 @@ def test_a_still_is_shown_without_loss_in_a_slider_and_without_a_scrubber(page):
     )
     assert found in ([40, 40, 40], [40 + SHIFT, 40, 40])
     assert page.get_by_label("Frame", exact=True).is_hidden()
+    assert page.locator(".s3-keys").inner_text().startswith("On the picture: ← → moves the line, 1 to 4")
+    assert "drew nearly the same picture as" in page.locator(".s3-verdict").inner_text()
+    assert "video" not in page.locator("#verdict").inner_text()
 
 
 def test_a_blind_vote_hides_the_sides_counts_and_reveals(compared, app):

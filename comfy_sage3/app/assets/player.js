@@ -30,11 +30,12 @@ const curve = makeSvg("svg", { viewBox: "0 0 1000 60", preserveAspectRatio: "non
 const graph = make("div", { class: "s3-curve" }, curve);
 const time = make("div", { class: "s3-row" }, play, slider, count);
 const stage = make("div", { class: "s3-stage" }, canvas, left, right);
+const keys = make("p", { class: "s3-quiet s3-keys" });
 const root = make("div", { class: "s3-player" },
   make("div", { class: "s3-row", role: "group", "aria-label": "How to look" }, modes, gains, lens),
   stage, scale, time, graph,
   make("div", { class: "s3-row s3-foot" }, numbers, worst),
-  make("p", { class: "s3-quiet s3-keys" }, "On the picture: ← → frames, space plays, shift + ← → moves the line, 1 to 4 ways to look, L the loupe."));
+  keys);
 
 function setData(next) {
   const fresh = !data || !next || next.id !== data.id;
@@ -47,6 +48,8 @@ function setData(next) {
   setPlaying(false);
   const many = data.frames > 1;
   for (const part of [time, graph, worst]) part.hidden = !many;
+  const moves = many ? "← → frames, space plays, shift + ← → moves the line" : "← → moves the line";
+  keys.textContent = `On the picture: ${moves}, 1 to 4 ways to look, L the loupe.`;
   slider.max = data.frames - 1;
   plot();
   const coming = { a: new Image(), b: new Image() }, mine = data.id;
@@ -284,7 +287,7 @@ canvas.addEventListener("keydown", (event) => {
     }
     go(frame);
   };
-  const does = { ArrowLeft: arrow, ArrowRight: arrow, " ": () => setPlaying(!playing), l: () => lens.click(), L: () => lens.click(),
+  const does = { ArrowLeft: arrow, ArrowRight: arrow, " ": () => setPlaying(!playing && data.frames > 1), l: () => lens.click(), L: () => lens.click(),
     Home: () => go(0), End: () => go(-1), ...Object.fromEntries(Object.keys(MODES).map((key, i) => [String(i + 1), () => look(key)])) }[event.key];
   if (!does) return;
   event.preventDefault();
