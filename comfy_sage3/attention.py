@@ -20,7 +20,8 @@ _EMULATED = {
     "int8-fast-emulated": ops.int8_fast_attention,
 }
 TRAINED = {"int8-sm90": training.attend}
-"""What a compiled kernel runs where gradients are needed: an op with the arguments and results of ``training.attend``."""
+"""What a kernel runs where gradients are needed, and always where it has no other op: an op that takes and gives what
+``training.attend`` does."""
 
 
 @overload
@@ -142,11 +143,11 @@ def attend(
     decision = choose(call, wished, emulate=emulate)
     if report is None:
         report = process_report
-    if decision.kernel in COMPILED and call.needs_grad:
+    run = TRAINED.get(decision.kernel)
+    if run is not None and (call.needs_grad or decision.kernel not in COMPILED):
         note = note_of(report, wished, decision.kernel, decision.reason, decision.fell_back)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-        run = TRAINED[decision.kernel]
         out, lse, *_ = run(q, k, v, mask, bool(is_causal), scale, return_lse, deterministic, note)
     else:
         out, lse = _run(decision, wished, q, k, v, mask, bool(is_causal), scale, return_lse, report)
