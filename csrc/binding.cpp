@@ -109,8 +109,8 @@ Tensor int8_quantize(const Tensor& q, const Tensor& k, const Tensor& v, double s
   return workspace;
 }
 
-void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask,
-                 bool is_causal, Tensor out, const std::optional<Tensor>& lse, const std::string& kernel) {
+void int8_attend_with(const Tensor& workspace, const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask,
+                 bool is_causal, Tensor out, const std::optional<Tensor>& lse, const std::string& kernel, float* peak) {
   const Shape shape = shape_of(q, k);
   TORCH_CHECK(workspace.is_cuda() && workspace.scalar_type() == at::kByte && workspace.is_contiguous() &&
                   workspace.numel() >= sage3::int8::Workspace(shape).bytes,
@@ -121,6 +121,7 @@ void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, cons
   const Mask seen(mask, shape, workspace, stream);
   sage3::Int8Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape), seen.view, seen.tiles_data(), is_causal};
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
+  call.peak = peak;
   cudaError_t error = cudaErrorNotSupported;
 #ifdef SAGE3_HAS_INT8_SM90
   call.fast = kernel == "sm90-fast";
@@ -131,6 +132,11 @@ void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, cons
 #endif
   TORCH_CHECK(error != cudaErrorNotSupported, "this library holds no kernel '", kernel, "'");
   C10_CUDA_CHECK(error);
+}
+
+void int8_attend(const Tensor& workspace, const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask,
+                 bool is_causal, Tensor out, const std::optional<Tensor>& lse, const std::string& kernel) {
+  int8_attend_with(workspace, q, k, mask, is_causal, out, lse, kernel, nullptr);
 }
 
 std::tuple<Tensor, Tensor> int8_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -147,7 +153,7 @@ std::tuple<Tensor, Tensor> int8_attention(const Tensor& q, const Tensor& k, cons
 #ifdef SAGE3_HAS_INT8_GRAD_SM90
 
 // The forward pass, and what its gradient needs: (out, lse, saved, out8, rows). saved is int8_quantize's workspace, out8 the
-// output in 8 bits, rows fp32 (2, B, H, Lq): the LSE of the smoothed scores, and out8's scales.
+// output in 8 bits, rows fp32 (3, B, H, Lq): the LSE of the smoothed scores, out8's scales, and each row's largest weight.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_attention_saving(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                          const std::optional<Tensor>& mask, bool is_causal,
                                                                          double scale, bool return_lse,
@@ -156,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_attention_saving(const T
   const c10::cuda::CUDAGuard guard(q.device());
   auto [out, lse] = results_of(q, return_lse);
   const Tensor saved = int8_quantize(q, k, v, scale, return_lse ? std::optional<Tensor>(lse) : std::nullopt);
-  const Tensor rows = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  const Tensor rows = at::zeros({3, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   const Tensor smoothed = rows[0];
-  int8_attend(saved, q, k, mask, is_causal, out, smoothed, kernel);
+  int8_attend_with(saved, q, k, mask, is_causal, out, smoothed, kernel, rows[2].data_ptr<float>());
   if (return_lse) lse.add_(smoothed);  // int8_quantize left the mean's part in it
   const Tensor out8 = at::empty(q.sizes(), q.options().dtype(at::kChar));
   const sage3::Int8SaveOutput call{shape, view_of(out), reinterpret_cast<signed char*>(out8.data_ptr()),
@@ -184,16 +190,16 @@ std::tuple<Tensor, Tensor, Tensor> int8_attention_gradient(const Tensor& dout, c
                   saved.numel() >= sage3::int8::Workspace(shape).bytes,
               "saved is not that of int8_attention_saving for these shapes");
   TORCH_CHECK(rows.device() == dout.device() && rows.scalar_type() == at::kFloat && rows.is_contiguous() &&
-                  rows.numel() == 2 * int64_t(shape.batch) * shape.heads * shape.queries,
-              "rows must be fp32 (2, batch, heads, queries)");
+                  rows.numel() == 3 * int64_t(shape.batch) * shape.heads * shape.queries,
+              "rows must be fp32 (3, batch, heads, queries)");
   const sage3::int8::GradWorkspace at(shape);
   const Tensor workspace = at::empty({at.bytes + 1024}, saved.options());  // torch aligns to 512 bytes
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Mask seen(mask, shape, saved, stream);
   auto* const memory = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(workspace.data_ptr()) + 1023) / 1024 * 1024);
   const sage3::Int8Backward call{shape, saved.data_ptr(), reinterpret_cast<const signed char*>(out8.data_ptr()),
-                                 rows[1].data_ptr<float>(), rows[0].data_ptr<float>(), view_of(dout), view_of(dq), view_of(dk),
-                                 view_of(dv), static_cast<float>(scale), memory, is_causal, deterministic, seen.view,
+                                 rows[1].data_ptr<float>(), rows[0].data_ptr<float>(), rows[2].data_ptr<float>(), view_of(dout),
+                                 view_of(dq), view_of(dk), view_of(dv), static_cast<float>(scale), memory, is_causal, deterministic, seen.view,
                                  seen.tiles_data(), lse_of(dlse, shape)};
   C10_CUDA_CHECK(sage3::int8_backward_prepare(call, stream));
   C10_CUDA_CHECK(sage3::int8_backward_multiply_sm90(call, stream));

@@ -52,7 +52,7 @@ def attend(
     """8-bit attention of q (B, H, Lq, D), k and v (B, Hkv, Lk, D) -> (out, lse, saved, out8, rows).
 
     out and lse as ``ops.int8_attention_compiled``'s. The rest is for the gradient: bytes; int8 of out's shape; fp32
-    (2, B, H, Lq). mask is bool, fp16, bf16 or fp32 and gets no gradient. ``deterministic``: dq is added up in a fixed order.
+    (3, B, H, Lq). mask is bool, fp16, bf16 or fp32 and gets no gradient. ``deterministic``: dq is added up in a fixed order.
     """
     result = compiled.operators().int8_attention_saving(as_faked(q), k, v, mask, is_causal, scale, return_lse, "sm90")
     record_note(note)
@@ -104,7 +104,7 @@ def _(
         q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32),
         q.new_empty(size, dtype=torch.uint8),
         q.new_empty(q.shape, dtype=torch.int8),
-        q.new_empty((2, *q.shape[:3]), dtype=torch.float32),
+        q.new_empty((3, *q.shape[:3]), dtype=torch.float32),
     )
 
 

@@ -387,7 +387,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         quantize_p(a8, sum, [&](int i) { return __int_as_float(s[i]) + bias[i / 2 % 2]; });
       }
       if constexpr (kReferenceAside) state.m[0] = reference.m[0], state.m[1] = reference.m[1];
-      update_rows(state, top, sum, weight, rescale);
+      update_rows<!kFast>(state, top, sum, weight, rescale);
       if constexpr (kReferenceAside) reference = {state.m[0], state.m[1]};
 
       n = tiles.from(n + 1);
@@ -427,6 +427,15 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (row0 + g + 8 * r < shape.queries) rows[row0 + g + 8 * r] += lse[r];
+      }
+    }
+    if constexpr (!kFast) {
+      if (p.call.peak != nullptr && t == 0) {
+        float* const rows = p.call.peak + (int64_t(done.batch) * shape.heads + done.head) * shape.queries;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (row0 + g + 8 * r < shape.queries) rows[row0 + g + 8 * r] = 255.0f * inverse[r];
+        }
       }
     }
   }

@@ -1,21 +1,20 @@
-// The gradient of 8-bit attention on Hopper: S, dV and dK by INT8 products on wgmma, dP and dQ in bf16.
+// The gradient of 8-bit attention on Hopper: S by INT8 products on wgmma, dV and dK by FP8 ones, dP and dQ in bf16.
 //
 // One block is one tile of 128 keys of one head: a producer warp and two consumer warpgroups of 64 keys each. It walks over
 // the queries in tiles of 64, of every query head that shares the keys. Per tile a warpgroup computes, keys along the rows,
 //
 //   S^T  = K Q^T      exact integers, the forward pass's own
 //   dP^T = V dO^T     bf16
-//   P    = 2^(S - lse),  dS = P (dP - delta)
-//   dV  += P^T dO     P in u8, one scale for each key and tile: the A operand from registers, without a shuffle
-//   dK  += dS^T Q     dS in s8, likewise
+//   P    = 2^(S - shift),  dS = P (dP - delta), in the units of backward_format.cuh
+//   dV  += P^T dO     e4m3: the A operand from registers, without a shuffle
+//   dK  += dS^T Q     e4m3, likewise
 //   dQ  += dS K       bf16: dS through shared memory, as the other warpgroup's keys count as well; half the channels each
 //
-// P and dS are quantised per key and 64 queries, because that is what one row of the accumulators is: their largest value is
-// found in a thread's own registers and its quad's. A static scale for P would have to span e^-10 (uniform attention over
-// thousands of keys) to 1, and a scale for a whole tile would leave most rows of dS with three bits. The sums are therefore
-// taken out of the integers after every tile, as P V is in the forward kernel.
+// dV and dK stay in the tensor cores' accumulators from the first tile to the last. With INT8 in their place every tile
+// needs scales of its own, and both sums must be taken out of the integers after each: 450 of 950 instructions a warp and
+// tile, and no product in flight meanwhile. It was right to 0.9998 and ran at 0.83 of cuDNN's bf16 (docs/performance.md).
 //
-// dK and dV are stored by their block alone; dQ is added up in global memory, four floats at a time, in the accumulators' own
+// dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in the accumulators' own
 // order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
@@ -35,8 +34,8 @@ namespace {
 using int8::kKeyTile;
 using int8::kQueryTile;
 
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
+template <int kStage>
+using Stage = std::integral_constant<int, kStage>;
 
 constexpr int kScores = 32;  // of a thread: 64 keys x 64 queries / 128
 
@@ -46,8 +45,10 @@ struct Config {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8));  // what the launch got
   static constexpr int kStages = 2;
-  static constexpr int kBlock = D == 96 ? 48 : 64, kBlocks = D / kBlock;  // channels of one dV or dK product
-  static constexpr sm90::Old kFirst = D == 128 ? sm90::kReplaced : sm90::kIgnored;  // what spills least
+  // Threads that add their sums to global memory in one piece: a warp or a warpgroup. Pieces of 4 KB took 4 % more time at
+  // head dim 128 than those of 16 KB; at 64 it is the warpgroup's barrier that takes 4 % more.
+  static constexpr int kWriters = D == 128 ? 128 : 32;
+  static constexpr sm90::Old kFirst = sm90::kReplaced;
 };
 
 template <int D>
@@ -56,6 +57,7 @@ struct Shared {
   alignas(1024) int8::KeyBlock<D> keys;
   alignas(1024) int8::QueryBlock<D> queries[Config<D>::kStages];
   alignas(1024) unsigned char ds[2][2 * kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
+  alignas(128) float sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
@@ -141,72 +143,14 @@ __device__ __forceinline__ uint64_t operand(const unsigned char* tile, int rows,
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-// The largest number of both keys' rows, of the thread's quad; NaN wins. Numbers that are not negative compare as integers
-// do, three at a time.
-__device__ __forceinline__ void largest(const int (&x)[kScores], float (&most)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int chain[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) chain[j % 2] = max3(chain[j % 2], x[4 * j + 2 * r], x[4 * j + 2 * r + 1]);
-    most[r] = quad_max(as_float(max(chain[0], chain[1])));
-  }
-}
-
-// The largest magnitude; taking it is free in FMNMX.
-__device__ __forceinline__ void largest_magnitude(const int (&x)[kScores], float (&most)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float chain[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) chain[i] = max_nan(chain[i], fabsf(as_float(x[4 * j + 2 * r + i])));
-    }
-    most[r] = quad_max(max_nan(chain[0], chain[1]));
-  }
-}
-
-// code * scale = x for codes up to kTop. A row of zeros, or near enough, has codes of 0.
-template <int kTop>
-__device__ __forceinline__ void row_scale(const float (&most)[2], float (&scale)[2], float (&inverse)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float top = max_nan(most[r], 1e-30f);
-    scale[r] = top * (1.0f / kTop);
-    inverse[r] = reciprocal_approx(top) * kTop;
-  }
-}
-
-// sums += products * weight[row][group of 32 channels], now, and not after the product in flight.
-template <int kCount, int kAll>
-__device__ __forceinline__ void promote(float (&sums)[kAll], int first, const int (&product)[kCount], const float (&row)[2],
-                                        const float* groups) {
-  const int start = first / 16;
-  float weight[2][2];  // of the two groups that a product reaches into
-#pragma unroll
-  for (int i = 0; i < 2; ++i) weight[0][i] = row[0] * groups[start + i], weight[1][i] = row[1] * groups[start + i];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    sums[first + i] = fmaf(__int2float_rn(product[i]), weight[i / 2 % 2][(first + i) / 16 - start], sums[first + i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sm90::pin(sums[first + i]);
-}
-
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// 16 keys x D channels of a warp -> dk or dv.
+// 16 keys x D channels of a warp, times `factor` -> dk or dv.
 template <class T, int D>
-__device__ __forceinline__ void store_rows_as(const float (&x)[D / 2], const Tensor4& to, int batch, int head, int row, int rows,
+__device__ __forceinline__ void store_rows_as(const int (&x)[D / 2], float factor, const Tensor4& to, int batch, int head, int row, int rows,
                                               int head_dim) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -217,7 +161,7 @@ __device__ __forceinline__ void store_rows_as(const float (&x)[D / 2], const Ten
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       const int channel = 8 * j + 2 * t;
-      T pair[2] = {static_cast<T>(x[4 * j + 2 * r]), static_cast<T>(x[4 * j + 2 * r + 1])};
+      T pair[2] = {static_cast<T>(as_float(x[4 * j + 2 * r]) * factor), static_cast<T>(as_float(x[4 * j + 2 * r + 1]) * factor)};
       if (channel + 2 <= head_dim && reinterpret_cast<uintptr_t>(at + channel) % (2 * sizeof(T)) == 0) {
         if constexpr (sizeof(T) == 2) {
           *reinterpret_cast<uint32_t*>(at + channel) = reinterpret_cast<const uint32_t&>(pair);
@@ -233,12 +177,12 @@ __device__ __forceinline__ void store_rows_as(const float (&x)[D / 2], const Ten
 }
 
 template <int D>
-__device__ __forceinline__ void store_rows(const float (&x)[D / 2], const Tensor4& to, int batch, int head, int row, int rows,
-                                           int head_dim) {
+__device__ __forceinline__ void store_rows(const int (&x)[D / 2], float factor, const Tensor4& to, int batch, int head, int row,
+                                           int rows, int head_dim) {
   switch (to.dtype) {
-    case Dtype::kFloat16: store_rows_as<__half, D>(x, to, batch, head, row, rows, head_dim); break;
-    case Dtype::kBFloat16: store_rows_as<__nv_bfloat16, D>(x, to, batch, head, row, rows, head_dim); break;
-    default: store_rows_as<float, D>(x, to, batch, head, row, rows, head_dim); break;
+    case Dtype::kFloat16: store_rows_as<__half, D>(x, factor, to, batch, head, row, rows, head_dim); break;
+    case Dtype::kBFloat16: store_rows_as<__nv_bfloat16, D>(x, factor, to, batch, head, row, rows, head_dim); break;
+    default: store_rows_as<float, D>(x, factor, to, batch, head, row, rows, head_dim); break;
   }
 }
 
@@ -280,75 +224,71 @@ __device__ __forceinline__ void add_mask(int (&x)[kScores], const Params& p, int
 template <int D, bool kDeterministic, bool kMask>
 __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int half) {
   using C = Config<D>;
-  constexpr int kBlocks = C::kBlocks, kCount = C::kBlock / 2;
   constexpr int kRow8 = int8::key_block(D), kRow16 = int8::wide_block(D), kSums = D / 4;
   const int8::Shape& shape = p.call.shape;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_key = Job(p, blockIdx.x).tile * kKeyTile + 64 * half + 16 * warp;  // of the warp
 
-  float dv[D / 2], dk[D / 2];
+  int dv[D / 2], dk[D / 2];
 #pragma unroll
-  for (int i = 0; i < D / 2; ++i) dv[i] = 0.0f, dk[i] = 0.0f;
-  int x[kScores] = {}, y[kScores] = {};  // S, then P; dP, then dS; then the products of dV, dK and dQ in turns
+  for (int i = 0; i < D / 2; ++i) dv[i] = 0, dk[i] = 0;
+  int x[kScores] = {}, y[kScores] = {};  // S, then P, then dQ; dP, then dS
+  [[maybe_unused]] int apart[kSums] = {};  // dQ where it is not as large: registers of a part of x would be copied
   uint32_t p8[kScores / 4], ds8[kScores / 4];
-  float p_scale[2], ds_scale[2];
 
-  // A product of 64 channels of dV or dK, in flight when this returns.
-  const auto multiply = [](auto block, auto& to, const uint32_t (&a)[kScores / 4], const unsigned char* turned, auto is_signed) {
-    auto& acc = reinterpret_cast<int(&)[kCount]>(to);
-    const uint64_t b = sm90::operand(turned + block * C::kBlock * kQueryTile, kQueryTile);
+  // dV or dK, in flight when this returns.
+  const auto multiply = [](int (&sums)[D / 2], const uint32_t (&a)[kScores / 4], const unsigned char* turned) {
+    const uint64_t b = sm90::operand(turned, kQueryTile);
     sm90::wgmma_begin();
-    if constexpr (is_signed) {
-      sm90::multiply_s8<C::kFirst>(acc, a, b);
-      sm90::multiply_s8<sm90::kAdded>(acc, a + 4, b + 2);
-    } else {
-      sm90::multiply_u8<C::kFirst>(acc, a, b);
-      sm90::multiply_u8<sm90::kAdded>(acc, a + 4, b + 2);
-    }
+    sm90::multiply_e4m3(sums, a, b);
+    sm90::multiply_e4m3(sums, a + 4, b + 2);
     sm90::wgmma_commit();
   };
-  const auto finish = [](auto block, float (&sums)[D / 2], auto& from, const float (&row)[2], const float* groups) {
-    promote(sums, block * C::kBlock / 2, reinterpret_cast<int(&)[kCount]>(from), row, groups);
+  // Word w: queries 16 (w / 2) on, row w % 2.
+  const auto pack = [](uint32_t (&words)[kScores / 4], const int (&from)[kScores]) {
+#pragma unroll
+    for (int w = 0; w < kScores / 4; ++w) {
+      const int i = 8 * (w / 2) + 2 * (w % 2);
+      words[w] = sm90::pack_e4m3(as_float(from[i]), as_float(from[i + 1]), as_float(from[i + 4]), as_float(from[i + 5]));
+    }
   };
-  constexpr std::true_type kSigned;
-  constexpr std::false_type kUnsigned;
 
   sm90::barrier_wait(&shared.keys_full, 0);
+  int gain = 0;  // of the sums
 
-  static_assert(C::kStages == 2);
-#pragma unroll 1
-  for (int n = 0;; ++n) {
-    const int stage = n % 2;
-    const auto& queries = shared.queries[stage];
-    sm90::barrier_wait(&shared.full[stage], n / 2 % 2);
-    if (shared.number[stage] < 0) break;
-
+  // S of the tile in a stage, in flight when this returns; and dP of it.
+  const auto multiply_scores = [&](const auto& queries, int (&to)[kScores]) {
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 32; ++step) {
       const uint64_t a = operand<kRow8>(shared.k8 + 64 * half * kRow8, kKeyTile, step);
       const uint64_t b = operand<kRow8>(queries.q8, kQueryTile, step);
-      step == 0 ? sm90::multiply_s8<C::kFirst>(x, a, b) : sm90::multiply_s8<sm90::kAdded>(x, a, b);
+      step == 0 ? sm90::multiply_s8<C::kFirst>(to, a, b) : sm90::multiply_s8<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
+  };
+  const auto multiply_values = [&](const auto& queries, int (&to)[kScores]) {
+    sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       const uint64_t a = operand<kRow16>(shared.keys.v16 + 64 * half * kRow16, kKeyTile, step);
       const uint64_t b = operand<kRow16>(queries.dout16, kQueryTile, step);
-      step == 0 ? sm90::multiply_bf16<C::kFirst>(y, a, b) : sm90::multiply_bf16<sm90::kAdded>(y, a, b);
+      step == 0 ? sm90::multiply_bf16<C::kFirst>(to, a, b) : sm90::multiply_bf16<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
+  };
 
+  // P, in place of S, and as an operand.
+  const auto weigh = [&](int stage, int (&x)[kScores]) {
+    const auto& queries = shared.queries[stage];
     // P of the thread's keys g and g + 8, queries 8j + 2t and the next.
     const float k_scale = shared.k_scale[opaque(lane) / 8];  // of both keys: token % 8 is g
-    sm90::wgmma_wait<1>();
-    sm90::pin(x);
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const float2 scale = *reinterpret_cast<const float2*>(queries.q_scale + 8 * j + 2 * t);
-      const float2 lse = *reinterpret_cast<const float2*>(queries.lse + 8 * j + 2 * t);
-      const float factor[2] = {scale.x * k_scale, scale.y * k_scale}, shift[2] = {lse.x, lse.y};
+      const float2 by = *reinterpret_cast<const float2*>(queries.shift + 8 * j + 2 * t);
+      const float factor[2] = {scale.x * k_scale, scale.y * k_scale}, shift[2] = {by.x, by.y};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         x[4 * j + e] = __float_as_int(fmaf(__int2float_rn(x[4 * j + e]), factor[e % 2], -shift[e % 2]));
@@ -371,18 +311,22 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
       }
     }
-    float most[2], inverse[2];
-    largest(x, most);
-    row_scale<255>(most, p_scale, inverse);
-#pragma unroll
-    for (int w = 0; w < kScores / 4; ++w) {  // word w: queries 16 (w / 2) on, row w % 2
-      const int i = 8 * (w / 2) + 2 * (w % 2);
-      const float by = inverse[w % 2];
-      p8[w] = pack_u8(as_float(x[i]) * by, as_float(x[i + 1]) * by, as_float(x[i + 4]) * by, as_float(x[i + 5]) * by);
-    }
+    pack(p8, x);
+  };
 
-    sm90::wgmma_wait<0>();
-    sm90::pin(y);
+  // The tile in `stage`, whose P and dP are x and y; then P and dP of the next tile, in y and x. False if there is none.
+  // Nothing is in flight before and after: ptxas puts all products in line where some are over the end of a loop.
+  const auto work = [&](auto stage, uint32_t next_parity, int (&x)[kScores], int (&y)[kScores]) {
+    constexpr int kNext = decltype(stage)::value ^ 1;
+    const auto &queries = shared.queries[stage], &next = shared.queries[kNext];  // what lies there, if there is none
+    if (queries.gain != gain) {
+      const float factor = exp2_approx(static_cast<float>(gain - queries.gain));
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) {
+        dv[i] = __float_as_int(as_float(dv[i]) * factor), dk[i] = __float_as_int(as_float(dk[i]) * factor);
+      }
+      gain = queries.gain;
+    }
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
@@ -391,15 +335,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         y[4 * j + e] = __float_as_int(as_float(x[4 * j + e]) * (as_float(y[4 * j + e]) - (e % 2 ? delta.y : delta.x)));
       }
     }
-    multiply(Int<0>{}, x, p8, queries.dout8, kUnsigned);  // under the quantisation of dS
-    largest_magnitude(y, most);
-    row_scale<127>(most, ds_scale, inverse);
-#pragma unroll
-    for (int w = 0; w < kScores / 4; ++w) {
-      const int i = 8 * (w / 2) + 2 * (w % 2);
-      const float by = inverse[w % 2];
-      ds8[w] = pack_s8(as_float(y[i]) * by, as_float(y[i + 1]) * by, as_float(y[i + 4]) * by, as_float(y[i + 5]) * by);
-    }
+    pack(ds8, y);
     {  // matrix m of a store: queries 8 (j + m / 2) on, keys 8 (m % 2) on of the warp's 16; lane % 8 is the query's row
       const int me = opaque(threadIdx.x % 128), query = me % 32 / 16 * 8 + me % 8, key = 16 * (me / 32) + me % 16 / 8 * 8;
       unsigned char* const ds = shared.ds[stage] + half * kQueryTile * 128 + int8::swizzle(query * 128 + 2 * key, 128);
@@ -411,29 +347,14 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
     sm90::fence_shared();
 
-    // Two products in flight, the older one's sums taken out under the younger.
-    int(&sums)[kSums] = reinterpret_cast<int(&)[kSums]>(x);
-    if constexpr (kBlocks == 1) {
-      multiply(Int<0>{}, y, ds8, queries.q8t, kSigned);
-      sm90::wgmma_wait<1>();
-      sm90::pin(x);
-      finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
-    } else {
-      multiply(Int<1>{}, y, p8, queries.dout8, kUnsigned);
-      sm90::wgmma_wait<1>();
-      sm90::pin(x);
-      finish(Int<0>{}, dv, x, p_scale, queries.dout_group);
-      multiply(Int<0>{}, x, ds8, queries.q8t, kSigned);
-      sm90::wgmma_wait<1>();
-      sm90::pin(y);
-      finish(Int<1>{}, dv, y, p_scale, queries.dout_group);
-      multiply(Int<1>{}, y, ds8, queries.q8t, kSigned);
-      sm90::wgmma_wait<1>();
-      sm90::pin(x);
-      finish(Int<0>{}, dk, x, ds_scale, queries.q_group);
-    }
-
-    sm90::sync_threads<1, 256>();  // dS of all keys is there; and the other buffer has been read
+    multiply(dv, p8, queries.dout8);
+    multiply(dk, ds8, queries.q8t);
+    int(&sums)[kSums] = [&]() -> int(&)[kSums] {
+      if constexpr (kSums == kScores) return x;
+      else return apart;
+    }();
+    if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
+    sm90::sync_threads<1, 256>();  // dS of all keys is there; the other buffer has been read, and so have the last sums
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kKeyTile / 16; ++step) {
@@ -443,39 +364,77 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       step == 0 ? sm90::multiply_bf16<C::kFirst>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
-    sm90::wgmma_wait<1>();
-    sm90::pin(y);
-    finish(Int<kBlocks - 1>{}, dk, y, ds_scale, queries.q_group);
     const int number = shared.number[stage];
+    sm90::barrier_wait(&shared.full[kNext], next_parity);
+    const bool more = shared.number[kNext] >= 0;
+    multiply_scores(next, y);
+    sm90::wgmma_wait<2>();
     __syncwarp();
     if (lane == 0) sm90::barrier_arrive(&shared.empty[stage]);
 
-    sm90::wgmma_wait<0>();
+    // (Where one thread waits for other blocks below, nothing may be in flight either.)
+    sm90::wgmma_wait<kDeterministic ? 0 : 1>();
     sm90::pin(sums);
-    auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
+    constexpr int kPart = kQueryTile * D / int8::kGradWriters;  // what a warp has of the tile's sums
+    constexpr int kPiece = kPart * (C::kWriters / 32);
     const int thread = opaque(threadIdx.x % 128);
-    int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + int64_t(number) * 2 + half;
-    if constexpr (kDeterministic) {
-      if (thread == 0) sm90::await_count(turns, first_key / kKeyTile);
-      half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
-    }
-    float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + int64_t(number) * (kQueryTile * D) +
-                      int8::grad_sum_offset(half, 0, thread, D);
 #pragma unroll
     for (int i = 0; i < kSums; i += 4) {
-      sm90::add_to_global(to + int8::grad_sum_offset(0, i, 0, D), as_float(sums[i]), as_float(sums[i + 1]),
-                          as_float(sums[i + 2]), as_float(sums[i + 3]));
+      *reinterpret_cast<int4*>(shared.sums[half] + int8::grad_sum_offset(0, i, thread, D)) =
+          make_int4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
     }
-    if constexpr (kDeterministic) {
-      __threadfence();
+    sm90::fence_shared();
+    if constexpr (C::kWriters == 32) {
+      __syncwarp();
+    } else {
       half == 0 ? sm90::sync_threads<2, 128>() : sm90::sync_threads<3, 128>();
-      if (thread == 0) sm90::count_one(turns);
     }
+    if (thread % C::kWriters == 0) {
+      auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
+      const int64_t part = int64_t(number) * int8::kGradWriters + half * 4 + thread / 32;
+      int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + part;
+      float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + part * kPart;
+      if constexpr (kDeterministic) sm90::await_count(turns, first_key / kKeyTile);
+      sm90::add_to_global(to, shared.sums[half] + thread / 32 * kPart, kPiece * 4);
+      if constexpr (kDeterministic) {
+        sm90::await_additions();
+        __threadfence();
+        sm90::count_one(turns);
+      }
+    }
+    multiply_values(next, x);
+    sm90::wgmma_wait<1>();
+    sm90::pin(y);
+    if (more) weigh(kNext, y);
+    sm90::wgmma_wait<0>();
+    sm90::pin(x);
+    return more;
+  };
+
+  static_assert(C::kStages == 2);
+  sm90::barrier_wait(&shared.full[0], 0);
+  if (shared.number[0] >= 0) {
+    multiply_scores(shared.queries[0], x);
+    multiply_values(shared.queries[0], y);
+    sm90::wgmma_wait<1>();
+    sm90::pin(x);
+    weigh(0, x);
+    sm90::wgmma_wait<0>();
+    sm90::pin(y);
+    uint32_t parity = 0;
+#pragma unroll 1
+    while (work(Stage<0>(), parity, x, y) && work(Stage<1>(), parity ^ 1, y, x)) parity ^= 1;
   }
+  if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
+  sm90::pin(dv);
+  sm90::pin(dk);
   const Job done(p, opaque(blockIdx.x));
   const int head_dim = shape.head_dim, row = first_key + g;
-  store_rows<D>(dv, p.call.dv, done.batch, done.kv_head, row, shape.keys, head_dim);
-  store_rows<D>(dk, p.call.dk, done.batch, done.kv_head, row, shape.keys, head_dim);
+  const auto* const levels = reinterpret_cast<const int8::GradLevel*>(static_cast<unsigned char*>(p.call.workspace) + p.at.levels);
+  const int8::GradLevel level = levels[done.batch * shape.kv_heads + done.kv_head];
+  const float factor = exp2_approx(static_cast<float>(gain));
+  store_rows<D>(dv, factor * (1.0f / int8::kGradTop), p.call.dv, done.batch, done.kv_head, row, shape.keys, head_dim);
+  store_rows<D>(dk, factor / level.value * level.query, p.call.dk, done.batch, done.kv_head, row, shape.keys, head_dim);
 }
 
 template <int D, bool kDeterministic, bool kMask>

@@ -1,8 +1,10 @@
 // Before and after the 8-bit backward pass's products (backward_format.cuh).
 //
 //   save_output      the output in 8 bits, at the end of the forward pass
-//   prepare_queries  64 queries: q8 as wgmma's B operand, q8 and dO turned and quantised anew, dO in bf16, delta
+//   find_levels      a kv head: the levels of its queries and values
 //   prepare_keys     128 keys: what v8 and k8 stand for, in bf16, K turned
+//   prepare_queries  64 queries: q8 as wgmma's B operand, q8 and dO turned, in e4m3, dO in bf16, delta
+//   choose_gains     a head: the gains of its tiles of queries
 //   finish_queries   the sums of dQ, times the softmax scale, in the caller's dtype
 //
 // dO is rounded to bf16 once, and everything is made from that: rows of dS then add up to zero as they should.
@@ -12,12 +14,13 @@
 #include "sage3/channels.cuh"
 #include "sage3/launch_backward.h"
 #include "sage3/numeric.cuh"
+#include "sage3/ptx_sm90_backward.cuh"
 
 namespace sage3 {
 namespace {
 
 using int8::kChannelGroup;
-using int8::kGradGroups;
+using int8::GradLevel;
 using int8::kKeyTile;
 using int8::kQueryTile;
 
@@ -33,7 +36,19 @@ struct Params {
   __device__ __forceinline__ unsigned char* part(int64_t offset) const {
     return static_cast<unsigned char*>(call.workspace) + offset;
   }
+  __device__ __forceinline__ GradLevel& level(int64_t batch, int64_t head) const {  // of a query head
+    const int64_t kv = batch * call.shape.kv_heads + head / (call.shape.heads / call.shape.kv_heads);
+    return reinterpret_cast<GradLevel*>(part(at.levels))[kv];
+  }
 };
+
+// The power of two at a magnitude: 2^floor(log2(x)), from 2^-126 to 2^126. 1 for what is no number.
+__device__ __forceinline__ float power_below(float x) {
+  if (!(x < -kNegativeInfinity)) return 1.0f;
+  const int exponent = min(max(__float_as_int(x) >> 23, 1), 253);
+  return __int_as_float(exponent << 23);
+}
+__device__ __forceinline__ float inverse_of_power(float power) { return __int_as_float((254 << 23) - __float_as_int(power)); }
 
 // code = x * inverse, x = code * scale; as in quantize/int8.cu.
 struct Scale {
@@ -48,6 +63,10 @@ struct Scale {
 
 __device__ __forceinline__ float byte_of(uint32_t word, int i) {
   return static_cast<float>(static_cast<signed char>(word >> (8 * i)));
+}
+
+__device__ __forceinline__ float unpack_bf16(const uint32_t (&pairs)[kChunk / 2], int i) {
+  return __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -93,114 +112,54 @@ __global__ void __launch_bounds__(256) int8_save_tokens(const __grid_constant__ 
   }
 }
 
-// ------------------------------------------------------------------------------------------------- prepare_queries
+// ------------------------------------------------------------------------------------------------- find_levels
 
-// Thread: eight channels of the queries {2i, 2i+1, 8+2i, 9+2i} of a group of 16, which are one word of each channel's row in
-// the turned blocks.
-template <class T, int D, bool kDense>
-__global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_constant__ Params p) {
-  constexpr int kColumns = D / kChunk;
-  __shared__ int8::QueryBlock<D> block;
-  __shared__ float products[kQueryTile][kColumns];
-  __shared__ int most_q[kGradGroups], most_dout[kGradGroups];  // bits of floats that are not negative, NaN above all
+constexpr int kLevelThreads = 256;
+
+// A block a kv head.
+template <int D>
+__global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_constant__ Params p) {
   const int8::Shape& shape = p.call.shape;
-  const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles;
-  const int tile = static_cast<int>(blockIdx.x - bh * tiles), batch = static_cast<int>(bh / shape.heads);
-  const int head = static_cast<int>(bh - int64_t(batch) * shape.heads);
-  const int column = threadIdx.x % kColumns, four = threadIdx.x / kColumns, channel = column * kChunk;
-  const int first = 16 * (four / 4) + 2 * (four % 4);
-  const auto query_of = [&](int i) { return first + 8 * (i / 2) + i % 2; };
-  const int group = channel / kChannelGroup;
-
-  if (threadIdx.x < kGradGroups) most_q[threadIdx.x] = 0, most_dout[threadIdx.x] = 0;
-
-  const HeadRows<T, kDense> rows(p.call.dout, batch, head, shape.head_dim);
-  const unsigned char* const q8 = p.saved<unsigned char>(p.from.q8) + int64_t(blockIdx.x) * kQueryTile * D;
-  const float* const q_scale = p.saved<float>(p.from.q_scale) + int64_t(blockIdx.x) * kQueryTile;
-  uint32_t dout[4][kChunk / 2];  // pairs of bf16
-  uint2 codes[4];
-  float scale[4];
+  const int64_t kv = blockIdx.x, group = shape.heads / shape.kv_heads, tiles = shape.query_tiles(), rows = tiles * kQueryTile;
+  const int64_t batch = kv / shape.kv_heads, first = batch * shape.heads + (kv - batch * shape.kv_heads) * group;
+  __shared__ int most_q, most_v[D / 32];  // bits of floats that are not negative
+  __shared__ float square[D];
+  if (threadIdx.x == 0) most_q = 0;
+  if (threadIdx.x < D / 32) most_v[threadIdx.x] = 0;
+  __syncthreads();
+  float most = 0.0f;
+  for (int64_t head = first; head < first + group; ++head) {
+    const float* const scales = p.saved<float>(p.from.q_scale) + head * rows;
+    for (int64_t i = threadIdx.x; i < shape.queries; i += kLevelThreads) most = max_nan(most, scales[i]);
+  }
+  atomicMax(&most_q, __float_as_int(most));
+  constexpr int kGroups = D / 32;
+  float largest[kGroups] = {};
+  const float* const scales = p.saved<float>(p.from.v_scale) + kv * shape.key_tiles() * int8::value_scales(D);
+  for (int64_t i = threadIdx.x; i < shape.key_tiles(); i += kLevelThreads) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int query = query_of(i), token = tile * kQueryTile + query;
-    const bool there = token < shape.queries;
-    const Chunk<T> x = rows.load(token, channel, there);
+    for (int c = 0; c < kGroups; ++c) largest[c] = max_nan(largest[c], scales[i * int8::value_scales(D) + c]);
+  }
 #pragma unroll
-    for (int c = 0; c < kChunk / 2; ++c) dout[i][c] = pack_bf16(x[2 * c], x[2 * c + 1]);
-    codes[i].x = *reinterpret_cast<const uint32_t*>(q8 + int8::query_offset(query, channel, D));
-    codes[i].y = *reinterpret_cast<const uint32_t*>(q8 + int8::query_offset(query, channel + 4, D));
-    scale[i] = q_scale[query];
-
-    float product = 0.0f;
-    if (there) {
-      const int64_t row = bh * shape.queries + token;
-      const signed char* const out8 = p.call.out8 + row * shape.head_dim;
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        const float o = channel + c < shape.head_dim ? static_cast<float>(out8[channel + c]) : 0.0f;
-        product = fmaf(__uint_as_float(c % 2 ? dout[i][c / 2] & 0xffff0000u : dout[i][c / 2] << 16), o, product);
-      }
-      product *= p.call.out_scale[row];
-    }
-    products[query][column] = product;
-    *reinterpret_cast<uint4*>(block.dout16 + int8::grad_dout_offset(query, channel, D)) =
-        make_uint4(dout[i][0], dout[i][1], dout[i][2], dout[i][3]);
-    *reinterpret_cast<uint2*>(block.q8 + int8::grad_query_offset(query, channel, D)) = codes[i];
+  for (int c = 0; c < kGroups; ++c) atomicMax(&most_v[c], __float_as_int(largest[c]));
+  __syncthreads();
+  if (threadIdx.x < D) {  // the farthest that a value lies from its channel's mean
+    const float off = 127.0f * __int_as_float(most_v[threadIdx.x / 32]) * p.saved<float>(p.from.v_norm)[kv * D + threadIdx.x];
+    square[threadIdx.x] = off;
   }
   __syncthreads();
-
-  const auto dout_of = [&](int i, int c) {
-    return __uint_as_float(c % 2 ? dout[i][c / 2] & 0xffff0000u : dout[i][c / 2] << 16);
-  };
-  // With the softmax scale: q8 * q_scale holds log2(e) as well.
-  const auto q_of = [&](int i, int c) { return byte_of(c < 4 ? codes[i].x : codes[i].y, c % 4) * (scale[i] * kLn2); };
-  float q_most = 0.0f, dout_most = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      q_most = max_nan(q_most, fabsf(q_of(i, c)));
-      dout_most = max_nan(dout_most, fabsf(dout_of(i, c)));
-    }
-  }
-  atomicMax(&most_q[group], __float_as_int(q_most) & 0x7fffffff);
-  atomicMax(&most_dout[group], __float_as_int(dout_most) & 0x7fffffff);
-  if (threadIdx.x < kQueryTile) {
-    const int token = tile * kQueryTile + threadIdx.x;
-    float delta = 0.0f, lse = -kNegativeInfinity;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) delta += products[threadIdx.x][c];
-    if (token < shape.queries) {
-      const float natural = p.call.lse[bh * shape.queries + token];
-      if (natural != kNegativeInfinity) lse = natural * kLog2e;
-      if (p.call.dlse != nullptr) delta -= p.call.dlse[bh * shape.queries + token];  // dS = P (dP - delta + dlse)
-    }
-    block.q_scale[threadIdx.x] = q_scale[threadIdx.x], block.lse[threadIdx.x] = lse, block.delta[threadIdx.x] = delta;
-  }
-  __syncthreads();
-
-  if (threadIdx.x < kGradGroups) {
-    block.q_group[threadIdx.x] = Scale(__int_as_float(most_q[threadIdx.x])).scale;
-    block.dout_group[threadIdx.x] = Scale(__int_as_float(most_dout[threadIdx.x])).scale;
-  }
-  const float q_inverse = Scale(__int_as_float(most_q[group])).inverse;
-  const float dout_inverse = Scale(__int_as_float(most_dout[group])).inverse;
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    const int at = int8::grad_turned_offset(first, channel + c);
-    *reinterpret_cast<uint32_t*>(block.q8t + at) = pack_s8(q_of(0, c) * q_inverse, q_of(1, c) * q_inverse,
-                                                           q_of(2, c) * q_inverse, q_of(3, c) * q_inverse);
-    *reinterpret_cast<uint32_t*>(block.dout8 + at) =
-        pack_s8(dout_of(0, c) * dout_inverse, dout_of(1, c) * dout_inverse, dout_of(2, c) * dout_inverse,
-                dout_of(3, c) * dout_inverse);
-  }
-  __syncthreads();
-
-  unsigned char* const to = p.part(p.at.query_blocks + int64_t(blockIdx.x) * sizeof(block));
-  const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(&block);
-  for (int at = 16 * threadIdx.x; at < static_cast<int>(sizeof(block)); at += 16 * 2 * D) {
-    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(bytes + at);
-  }
+  if (threadIdx.x != 0) return;
+  float top = 0.0f, sum = 0.0f;  // of values below 1, for their squares are to be numbers
+  for (int c = 0; c < D; ++c) top = max_nan(top, square[c]);
+  const float unit = power_below(top), inverse = inverse_of_power(unit);
+  for (int c = 0; c < D; ++c) sum = fmaf(square[c] * inverse, square[c] * inverse, sum);
+  // |dP - delta| is at most 2 |dO / a| |v - mean|, and the first of these less than 2 sqrt(D). A 128th of that bound is
+  // taken for granted: on N(0,1) that is six times the typical value. What is beyond it is limited.
+  const float bound = 4.0f * sqrtf(static_cast<float>(D) * sum) * (1.0f / 128.0f);  // times unit
+  GradLevel& level = p.level(batch, (kv - batch * shape.kv_heads) * group);
+  level.value = top == 0.0f || !(top < -kNegativeInfinity) ? 1.0f : inverse_of_power(power_below(unit * bound)) * 0.5f;
+  const float query = __int_as_float(most_q) * (127.0f * kLn2);
+  level.query = query == 0.0f ? 1.0f : power_below(query) * (1.0f / 128.0f);
 }
 
 // ------------------------------------------------------------------------------------------------- prepare_keys
@@ -219,6 +178,7 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
   const float* const v_scale = p.saved<float>(p.from.v_scale) + int64_t(blockIdx.x) * int8::value_scales(D);
   const float* const v_norm = p.saved<float>(p.from.v_norm) + bh * D;
   const float* const v_mean = p.saved<float>(p.from.v_mean) + bh * D;
+  const float value = reinterpret_cast<const GradLevel*>(p.part(p.at.levels))[bh].value;
 
   // K: four channels of eight keys, which are side by side in k16. Codes past the end are 0.
   for (int item = threadIdx.x; item < kKeyTile / 8 * (D / 4); item += 256) {
@@ -248,7 +208,7 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       const uint32_t word = *reinterpret_cast<const uint32_t*>(v8 + int8::value_offset(first, channel + c));
-      const float factor = v_scale[channel / kChannelGroup] * v_norm[channel + c], mean = v_mean[channel + c];
+      const float factor = v_scale[channel / kChannelGroup] * v_norm[channel + c] * value, mean = v_mean[channel + c] * value;
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[c][i] = fmaf(byte_of(word, i), factor, mean);
     }
@@ -263,39 +223,193 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
   }
 }
 
+// ------------------------------------------------------------------------------------------------- prepare_queries
+
+// Thread: eight channels of the queries {2i, 2i+1, 8+2i, 9+2i} of a group of 16, which are one word of each channel's row in
+// the turned blocks.
+template <class T, int D, bool kDense>
+__global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_constant__ Params p) {
+  constexpr int kColumns = D / kChunk;
+  __shared__ int8::QueryBlock<D> block;
+  __shared__ float products[kQueryTile][kColumns], largest[kQueryTile][kColumns], inverse[kQueryTile];
+  __shared__ int most;
+  const int8::Shape& shape = p.call.shape;
+  const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles;
+  const int tile = static_cast<int>(blockIdx.x - bh * tiles), batch = static_cast<int>(bh / shape.heads);
+  const int head = static_cast<int>(bh - int64_t(batch) * shape.heads);
+  const int column = threadIdx.x % kColumns, four = threadIdx.x / kColumns, channel = column * kChunk;
+  const int first = 16 * (four / 4) + 2 * (four % 4);
+  const auto query_of = [&](int i) { return first + 8 * (i / 2) + i % 2; };
+  const GradLevel level = p.level(batch, head);
+  if (threadIdx.x == 0) most = 0;
+
+  const HeadRows<T, kDense> rows(p.call.dout, batch, head, shape.head_dim);
+  const unsigned char* const q8 = p.saved<unsigned char>(p.from.q8) + int64_t(blockIdx.x) * kQueryTile * D;
+  const float* const q_scale = p.saved<float>(p.from.q_scale) + int64_t(blockIdx.x) * kQueryTile;
+  uint32_t dout[4][kChunk / 2];  // pairs of bf16
+  uint2 codes[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int query = query_of(i), token = tile * kQueryTile + query;
+    const bool there = token < shape.queries;
+    const Chunk<T> x = rows.load(token, channel, there);
+#pragma unroll
+    for (int c = 0; c < kChunk / 2; ++c) dout[i][c] = pack_bf16(x[2 * c], x[2 * c + 1]);
+    codes[i].x = *reinterpret_cast<const uint32_t*>(q8 + int8::query_offset(query, channel, D));
+    codes[i].y = *reinterpret_cast<const uint32_t*>(q8 + int8::query_offset(query, channel + 4, D));
+
+    float product = 0.0f, top = 0.0f;
+    if (there) {
+      const int64_t row = bh * shape.queries + token;
+      const signed char* const out8 = p.call.out8 + row * shape.head_dim;
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        const float o = channel + c < shape.head_dim ? static_cast<float>(out8[channel + c]) : 0.0f;
+        product = fmaf(unpack_bf16(dout[i], c), o, product);
+        top = max_nan(top, fabsf(unpack_bf16(dout[i], c)));
+      }
+      product *= p.call.out_scale[row];
+    }
+    products[query][column] = product, largest[query][column] = top;
+    *reinterpret_cast<uint2*>(block.q8 + int8::grad_query_offset(query, channel, D)) = codes[i];
+  }
+  __syncthreads();
+
+  if (threadIdx.x < kQueryTile) {
+    const int token = tile * kQueryTile + threadIdx.x;
+    const int64_t row = bh * shape.queries + token;
+    float delta = 0.0f, top = 0.0f, shift = -kNegativeInfinity, scale = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      delta += products[threadIdx.x][c];
+      top = max_nan(top, largest[threadIdx.x][c]);
+    }
+    float dlse = 0.0f;
+    if (token < shape.queries && p.call.dlse != nullptr) dlse = p.call.dlse[row];  // dS = P (dP - delta + dlse)
+    const float a = power_below(max_nan(top, fabsf(dlse) * level.value));
+    inverse[threadIdx.x] = inverse_of_power(a);
+    if (token < shape.queries) {
+      scale = q_scale[threadIdx.x];
+      const float natural = p.call.lse[row];
+      if (natural != kNegativeInfinity) {
+        shift = natural * kLog2e - static_cast<float>((__float_as_int(a) >> 23) - 127);
+        const float weight = p.call.peak[row] * a;
+        if (weight < -kNegativeInfinity) atomicMax(&most, __float_as_int(weight));  // a number
+      }
+    }
+    block.q_scale[threadIdx.x] = scale, block.shift[threadIdx.x] = shift;
+    block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * level.value;
+  }
+  __syncthreads();
+
+  if (threadIdx.x == 0) *reinterpret_cast<int*>(p.part(p.at.weights + int64_t(blockIdx.x) * 4)) = most;
+  const float q_inverse = inverse_of_power(level.query) * kLn2;  // q8 * q_scale holds log2(e) as well
+  float q[4][kChunk], turned[4][kChunk];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int query = query_of(i);
+    const float by = inverse[query], q_by = block.q_scale[query] * q_inverse;
+    uint32_t words[kChunk / 2];
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      q[i][c] = byte_of(c < 4 ? codes[i].x : codes[i].y, c % 4) * q_by;
+      turned[i][c] = unpack_bf16(dout[i], c) * by;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk / 2; ++c) words[c] = pack_bf16(turned[i][2 * c], turned[i][2 * c + 1]);
+    *reinterpret_cast<uint4*>(block.dout16 + int8::grad_dout_offset(query, channel, D)) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  }
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    constexpr float kTop = int8::kGradTop;
+    const int at = int8::grad_turned_offset(first, channel + c);
+    *reinterpret_cast<uint32_t*>(block.q8t + at) = sm90::pack_e4m3(q[0][c], q[1][c], q[2][c], q[3][c]);
+    *reinterpret_cast<uint32_t*>(block.dout8 + at) =
+        sm90::pack_e4m3(turned[0][c] * kTop, turned[1][c] * kTop, turned[2][c] * kTop, turned[3][c] * kTop);
+  }
+  __syncthreads();
+
+  unsigned char* const to = p.part(p.at.query_blocks + int64_t(blockIdx.x) * sizeof(block));
+  const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(&block);
+  for (int at = 16 * threadIdx.x; at < static_cast<int>(sizeof(block)); at += 16 * 2 * D) {
+    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(bytes + at);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- choose_gains
+
+// The exponent of a tile's gain, from the bits of its largest weight times a, of which the forward pass knows no more than
+// that it may be four times as much: p is at most 2^8. Where that is less than the exponents of two tiles may differ by, the
+// last tile's stands, and so it does where there is no gradient.
+constexpr int kKeptOctaves = 3;
+__device__ __forceinline__ int gain_after(int last, bool first, int weight) {
+  const int exponent = (weight >> 23) - 127 - 5;
+  if (exponent < -130) return last;
+  return first || exponent > last || exponent < last - kKeptOctaves ? exponent : last;
+}
+
+// A block a query head.
+template <int D>
+__global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_constant__ Params p) {
+  __shared__ int gain[kLevelThreads];
+  const int tiles = static_cast<int>(p.call.shape.query_tiles());
+  const int64_t start = int64_t(blockIdx.x) * tiles;
+  const int* const weights = reinterpret_cast<const int*>(p.part(p.at.weights)) + start;
+  auto* const blocks = reinterpret_cast<int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + start;
+  int last = 0;
+  for (int from = 0; from < tiles; from += kLevelThreads) {
+    const int count = min(tiles - from, kLevelThreads);
+    if (static_cast<int>(threadIdx.x) < count) gain[threadIdx.x] = weights[from + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, gain[i]);
+    }
+    __syncthreads();
+    last = gain[count - 1];
+    if (static_cast<int>(threadIdx.x) < count) blocks[from + threadIdx.x].gain = gain[threadIdx.x];
+    for (int i = threadIdx.x; i < count * kQueryTile; i += kLevelThreads) {
+      blocks[from + i / kQueryTile].shift[i % kQueryTile] += static_cast<float>(gain[i / kQueryTile]);
+    }
+    __syncthreads();
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- finish_queries
 
-// A block a tile; a thread as in the products, for both warpgroups' halves.
+// A block a tile; a thread as in the products, for both warpgroups' halves. Rows are put together in shared memory, for whole
+// sectors of the result.
 template <class T, int D>
 __global__ void __launch_bounds__(256) int8_finish_queries(const __grid_constant__ Params p) {
+  constexpr int kHeld = 16 / sizeof(T), kRow = D + kHeld;  // of one store; so that eight rows do not meet in a bank
+  __shared__ alignas(16) T tile_of[kQueryTile * kRow];
   const int8::Shape& shape = p.call.shape;
   const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles, batch = bh / shape.heads, head = bh - batch * shape.heads;
   const int tile = static_cast<int>(blockIdx.x - bh * tiles), half = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const int row = tile * kQueryTile + 16 * (thread / 32) + thread % 32 / 4, column = half * (D / 2) + thread % 4 * 2;
+  const int row = 16 * (thread / 32) + thread % 32 / 4, column = half * (D / 2) + thread % 4 * 2;
   const float* const sums = reinterpret_cast<const float*>(p.part(p.at.sums)) + int64_t(blockIdx.x) * kQueryTile * D;
-  const Tensor4& dq = p.call.dq;
+  const auto* const made = reinterpret_cast<const int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + blockIdx.x;
+  const float factor = p.call.scale * exp2_approx(static_cast<float>(made->gain)) / p.level(batch, head).value;
 #pragma unroll
   for (int i = 0; i < D / 4; i += 4) {
     const float4 four = *reinterpret_cast<const float4*>(sums + int8::grad_sum_offset(half, i, thread, D));
     const float x[4] = {four.x, four.y, four.z, four.w};
-    const int channel = column + 2 * i;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= shape.queries) continue;
-      const int64_t at = batch * dq.stride[0] + head * dq.stride[1] + int64_t(row + 8 * r) * dq.stride[2] + channel;
-      // A pair of 16-bit numbers at once where it lies on a word.
-      T pair[2] = {static_cast<T>(x[2 * r] * p.call.scale), static_cast<T>(x[2 * r + 1] * p.call.scale)};
-      T* const to = static_cast<T*>(const_cast<void*>(dq.data)) + at;
-      if (channel + 2 <= shape.head_dim && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) {
-        if constexpr (sizeof(T) == 2) {
-          *reinterpret_cast<uint32_t*>(to) = reinterpret_cast<const uint32_t&>(pair);
-        } else {
-          *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
-        }
-      } else {
-        if (channel < shape.head_dim) to[0] = pair[0];
-        if (channel + 1 < shape.head_dim) to[1] = pair[1];
-      }
+    for (int e = 0; e < 4; ++e) tile_of[(row + 8 * (e / 2)) * kRow + column + 2 * i + e % 2] = static_cast<T>(x[e] * factor);
+  }
+  __syncthreads();
+  const Tensor4& dq = p.call.dq;
+  T* const to = static_cast<T*>(const_cast<void*>(dq.data)) + batch * dq.stride[0] + head * dq.stride[1];
+  constexpr int kPieces = D / kHeld;
+  for (int i = threadIdx.x; i < kQueryTile * kPieces; i += 256) {
+    const int query = i / kPieces, channel = i % kPieces * kHeld, token = tile * kQueryTile + query;
+    if (token >= shape.queries || channel >= shape.head_dim) continue;
+    T* const at = to + int64_t(token) * dq.stride[2] + channel;
+    const T* const from = tile_of + query * kRow + channel;
+    if (channel + kHeld <= shape.head_dim && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int c = 0; c < kHeld && channel + c < shape.head_dim; ++c) at[c] = from[c];
     }
   }
 }
@@ -314,10 +428,17 @@ cudaError_t prepare(const Int8Backward& call, cudaStream_t stream) {
   unsigned char* const sums = static_cast<unsigned char*>(call.workspace) + params.at.sums;
   cudaError_t error = cudaMemsetAsync(sums, 0, params.at.zeroed(), stream);
   if (error != cudaSuccess) return error;
+  const int64_t kv_heads = int64_t(shape.batch) * shape.kv_heads;
+  int8_grad_levels<D><<<static_cast<unsigned>(kv_heads), kLevelThreads, 0, stream>>>(params);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   int8_prepare_keys<D><<<static_cast<unsigned>(keys), 256, 0, stream>>>(params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   int8_prepare_queries<T, D, kDense><<<static_cast<unsigned>(queries), 2 * D, 0, stream>>>(params);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  int8_choose_gains<D><<<static_cast<unsigned>(shape.batch * shape.heads), kLevelThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

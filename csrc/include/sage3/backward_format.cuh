@@ -1,25 +1,40 @@
 // The operands of the 8-bit backward pass as they lie in memory between its three kernels, and in shared memory.
 //
 // What the forward pass saves: int8_format.cuh's workspace (q8, k8, v8 and scales; v_mean and v_norm), the LSE of the
-// scores that these codes stand for (K smoothed, so without the mean's part), and the output in 8 bits a channel, one scale
-// a token. From them, and from the output's gradient dO, the preparation makes one block for 64 queries and one for 128 keys,
-// each copied into shared memory as it is.
+// scores that these codes stand for (K smoothed, so without the mean's part), each row's largest weight, and the output in 8
+// bits a channel, one scale a token. From them, and from the output's gradient dO, the preparation makes one block for 64
+// queries and one for 128 keys, each copied into shared memory as it is.
 //
 // wgmma's 8-bit operands must have the contraction along the bytes of a row, so what is multiplied twice, over channels and
 // over tokens, is here twice:
 //
 //   S^T  = K Q^T     k8 (int8_format.cuh), q8          over channels: the forward pass's codes, so its scores, bit by bit
 //   dP^T = V dO^T    v16, dout16                       over channels, in bf16
-//   dV   = P^T dO    P^T from registers, dout8         over queries: codes anew, a scale for 64 queries of 32 channels
-//   dK   = dS^T Q    dS^T from registers, q8t          the same
+//   dV   = P^T dO    P^T from registers, dout8         over queries, in e4m3
+//   dK   = dS^T Q    dS^T from registers, q8t          over queries, in e4m3
 //   dQ   = dS K      dS through shared memory, k16     over keys, in bf16
+//
+// P and dS span many octaves, and they are multiplied and summed over the queries, so that a scale can only be a query's own,
+// on both sides. Every query has one, the power of two `a` at the largest magnitude of its dO. The rest is powers of two for
+// a tile of queries (gain) and for a kv head (value, query), found before the products begin:
+//
+//   p   = P a / gain            at most 256, and not far below: by the largest weight times a of the tile's queries
+//   do  = dO / a                in dout16; 128 times that, below 256, in dout8
+//   v   = V value               so that p (dP - delta) is below 448; about 60 where p is 256 and all is normal
+//   q   = Q scale / query       at most 256, in q8t
+//
+// All of this is exact in floating point. Then p^T do is dV / gain, and ds = p (v do - delta value / a) is dS value / gain.
+// A tile keeps the gain of the one before it where it can, for where it changes the sums have to be multiplied.
 #pragma once
 
 #include "sage3/int8_format.cuh"
 
 namespace sage3::int8 {
 
-constexpr int kGradGroups = 4;  // scales of a transposed block, one for 32 channels
+struct GradLevel {  // of a kv head; see above
+  float query, value;
+};
+constexpr float kGradTop = 128.0f;  // dout8 = kGradTop * do
 
 // Byte of a tile of `rows` rows that holds (row, byte of the row): blocks of `width` bytes of each row, swizzled.
 SAGE3_HD constexpr int block_offset(int row, int byte, int rows, int width) {
@@ -37,7 +52,7 @@ SAGE3_HD constexpr int grad_dout_offset(int query, int channel, int d) {
   return block_offset(query, 2 * channel, kQueryTile, wide_block(d));
 }
 
-// (query < 64, channel) of q8t and dout8: a row of 64 queries per channel, in the order in which a thread's packed columns
+// (query < 64, channel) of q8t and dout8, a byte: a row of 64 queries per channel, in the order in which a thread's packed columns
 // of P^T and dS^T follow each other (value_position).
 SAGE3_HD constexpr int grad_turned_offset(int query, int channel) {
   return swizzle(channel * kQueryTile + value_position(query), kQueryTile);
@@ -59,33 +74,33 @@ struct alignas(1024) QueryBlock {
   unsigned char q8t[kQueryTile * D];
   unsigned char dout8[kQueryTile * D];
   float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
-  float lse[kQueryTile];      // base 2; +inf for rows that attend nothing and those past the end, so that P is 0
-  float delta[kQueryTile];    // rowsum(dO O)
-  float q_group[kGradGroups]; // q8t * q_group = q * scale: what dK is made of
-  float dout_group[kGradGroups];  // dout8 * dout_group = dO
+  float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
+  float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
+  int gain, nothing[3];       // an exponent
 };
 
 template <int D>
 struct alignas(1024) KeyBlock {
-  unsigned char v16[kKeyTile * D * 2];
+  unsigned char v16[kKeyTile * D * 2];  // v * value
   unsigned char k16[kKeyTile * D * 2];  // k - k_mean
 };
 
-// dQ is summed in fp32 by atomic additions, in the order of the accumulators of dS K: warpgroup h has the channels from
-// h D / 2 on. Element of a tile that holds accumulator i of a thread.
+// dQ is summed in fp32 by the copy engine, in the order of the accumulators of dS K: warpgroup h has the channels from
+// h D / 2 on, and what a warp has lies together. Element of a tile that holds accumulator i of a thread.
 SAGE3_HD constexpr int grad_sum_offset(int half, int i, int thread, int d) {
-  return ((half * (d / 16) + i / 4) * 128 + thread) * 4 + i % 4;
+  return (((half * 4 + thread / 32) * (d / 16) + i / 4) * 32 + thread % 32) * 4 + i % 4;
 }
+constexpr int kGradWriters = 8;  // warps that add to a tile of dQ
 
 // The workspace of one backward call: one allocation, every part 1024-byte aligned.
 struct GradWorkspace {
-  int64_t query_blocks, key_blocks, sums, turns, bytes;
+  int64_t query_blocks, key_blocks, levels, weights, sums, turns, bytes;
   int64_t query_block_bytes, key_block_bytes;
 
   SAGE3_HD explicit GradWorkspace(const Shape& s) {
     const int64_t d = s.d(), tiles = int64_t(s.batch) * s.heads * s.query_tiles();
     const auto whole = [](int64_t size) { return ceil_div(size, 1024) * 1024; };
-    query_block_bytes = whole(kQueryTile * d * 5 + (3 * kQueryTile + 2 * kGradGroups) * 4);
+    query_block_bytes = whole(kQueryTile * d * 5 + 3 * kQueryTile * 4 + 16);
     key_block_bytes = kKeyTile * d * 4;
     int64_t at = 0;
     auto take = [&](int64_t size) {
@@ -95,8 +110,10 @@ struct GradWorkspace {
     };
     query_blocks = take(tiles * query_block_bytes);
     key_blocks = take(int64_t(s.batch) * s.kv_heads * s.key_tiles() * key_block_bytes);
+    levels = take(int64_t(s.batch) * s.kv_heads * sizeof(GradLevel));
+    weights = take(tiles * 4);  // a tile's largest weight times a
     sums = take(tiles * kQueryTile * d * 4);
-    turns = take(tiles * 2 * 4);  // deterministic: how many key tiles have added to each half of a tile of dQ
+    turns = take(tiles * kGradWriters * 4);  // deterministic: how many key tiles have added to each part of a tile of dQ
     bytes = at;
   }
 

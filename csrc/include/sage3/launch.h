@@ -37,6 +37,7 @@ struct Int8Attend {
   bool causal;            // query i attends keys 0..i
   bool fast;              // exponentials within 6 % in place of exact ones; sm90 only
   int multiprocessors;
+  float* peak = nullptr;  // or (B, H, Lq): receives a row's largest weight, or down to 2^-kNearLazy of it; sm90, not fast
 };
 
 // `run` with a head dim that kernels have (Shape::d()) as a constant: an instance for each.

@@ -20,6 +20,7 @@ struct Int8Backward {
   const signed char* out8;   // Int8SaveOutput's
   const float* out_scale;
   const float* lse;          // (B, H, Lq): natural, of the smoothed scores
+  const float* peak;         // (B, H, Lq): a row's largest weight, or down to a quarter of it
   Tensor4 dout;              // (B, H, Lq, head_dim), any strides
   Tensor4 dq, dk, dv;        // written; channels are dense (stride[3] == 1)
   float scale;               // of the scores
@@ -32,7 +33,7 @@ struct Int8Backward {
 };
 
 cudaError_t int8_save_output(const Int8SaveOutput&, cudaStream_t);
-cudaError_t int8_backward_prepare(const Int8Backward&, cudaStream_t);    // -> the workspace's blocks; zeroes its sums
+cudaError_t int8_backward_prepare(const Int8Backward&, cudaStream_t);    // -> the workspace's blocks, gains and levels; zeroes its sums
 cudaError_t int8_backward_multiply_sm90(const Int8Backward&, cudaStream_t);  // -> dk, dv, the workspace's sums
 cudaError_t int8_backward_finish(const Int8Backward&, cudaStream_t);     // -> dq
 

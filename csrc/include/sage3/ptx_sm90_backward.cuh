@@ -1,5 +1,5 @@
-// The wgmma forms that only the backward pass uses; see ptx_sm90.cuh. Accumulators are 32-bit words: integers of the 8-bit
-// forms, the bits of floats of the bf16 forms, so that one array serves both in turn.
+// The wgmma forms that only the backward pass uses; see ptx_sm90.cuh. Accumulators are 32-bit words: integers of the s8 form,
+// the bits of floats of the others, so that one array serves both in turn.
 #pragma once
 
 #include "sage3/ptx_sm90.cuh"
@@ -22,11 +22,16 @@ __device__ __forceinline__ void store_turned(void* row, uint32_t a, uint32_t b, 
                : "memory");
 }
 
-// Adds four floats to global memory. RED.E.ADD.F32x4
-__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
+// Adds floats in shared memory to as many in global memory, in the background. A thread waits for its own additions: until
+// all have been read, or until all are there. UBLKRED.G.S.ADD
+__device__ __forceinline__ void add_to_global(float* to, const float* from, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
 }
+__device__ __forceinline__ void await_additions_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Waits until `count` threads of any blocks have counted, and sees what they wrote before; counts.
 __device__ __forceinline__ void await_count(const int* counter, int count) {
@@ -37,6 +42,16 @@ __device__ __forceinline__ void await_count(const int* counter, int count) {
 }
 __device__ __forceinline__ void count_one(int* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Four floats as e4m3, nearest, at most 448, the first in the lowest byte; NaN stays NaN. F2FP.SATFINITE.E4M3
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t word;
+  asm("{\n .reg .b16 low, high;\n cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      " mov.b32 %0, {low, high};\n}"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
 }
 
 // What becomes of the accumulator's old value. kReplaced: it counts for nothing, but is an input all the same, so that the
@@ -50,6 +65,14 @@ enum Old { kAdded, kReplaced, kIgnored };
 #define SAGE3_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define SAGE3_D24 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}"
+#define SAGE3_D48                                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47}"
+#define SAGE3_D64                                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 #define SAGE3_D32                                                                                                   \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -72,73 +95,21 @@ __device__ __forceinline__ void multiply_s8(int (&d)[32], uint64_t a, uint64_t b
   }
 }
 
-// The same with A in registers, signed or unsigned bytes: 64 or 48 columns. IGMMA.64xNx32
-template <Old kOld>
-__device__ __forceinline__ void multiply_s8(int (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (kOld == kAdded) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 1;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16), SAGE3_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
+// D[64][N] += A[64][32] B[N][32]^T, e4m3, A in registers, fp32 sums. QGMMA.64xNx32.F32.E4M3.E4M3
+__device__ __forceinline__ void multiply_e4m3(int (&d)[32], const uint32_t* a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 1, 1, 1;"
+               : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-
-template <Old kOld>
-__device__ __forceinline__ void multiply_s8(int (&d)[24], const uint32_t* a, uint64_t b) {
-  if constexpr (kOld == kAdded) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 1;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
+__device__ __forceinline__ void multiply_e4m3(int (&d)[48], const uint32_t* a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 " SAGE3_D48 ", {%48, %49, %50, %51}, %52, 1, 1, 1;"
+               : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24), SAGE3_IN_OUT(d, 32), SAGE3_IN_OUT(d, 40)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-
-template <Old kOld>
-__device__ __forceinline__ void multiply_u8(int (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (kOld == kAdded) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 1;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 " SAGE3_D32 ", {%32, %33, %34, %35}, %36, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16), SAGE3_OUT(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
-
-template <Old kOld>
-__device__ __forceinline__ void multiply_u8(int (&d)[24], const uint32_t* a, uint64_t b) {
-  if constexpr (kOld == kAdded) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.u8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 1;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.u8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k32.s32.u8.s8 " SAGE3_D24 ", {%24, %25, %26, %27}, %28, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
+__device__ __forceinline__ void multiply_e4m3(int (&d)[64], const uint32_t* a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SAGE3_D64 ", {%64, %65, %66, %67}, %68, 1, 1, 1;"
+               : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24), SAGE3_IN_OUT(d, 32), SAGE3_IN_OUT(d, 40), SAGE3_IN_OUT(d, 48), SAGE3_IN_OUT(d, 56)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // D[64][N] (+)= A[64][16] B[N][16]^T, bf16 in shared memory, fp32 sums. HGMMA.64xNx16.F32.BF16
@@ -198,5 +169,7 @@ __device__ __forceinline__ void multiply_bf16(int (&d)[16], uint64_t a, uint64_t
 #undef SAGE3_D16
 #undef SAGE3_D24
 #undef SAGE3_D32
+#undef SAGE3_D48
+#undef SAGE3_D64
 
 }  // namespace sage3::sm90

@@ -5,7 +5,7 @@
 //
 // P is quantised per row and tile to 0..255 with the tile's own maximum at 255, so flat and peaked rows keep eight bits
 // in every tile. O is kept relative to a reference m of the row that moves only when a tile's maximum passes it by
-// 2^kLazy (after FlashAttention-4's conditional rescaling): fp32 has the range, and the final division is exact either
+// a power of two (after FlashAttention-4's conditional rescaling): fp32 has the range, and the final division is exact either
 // way. The row's sum is taken from the quantised P, so that its rounding cancels in the division.
 #pragma once
 
@@ -17,6 +17,7 @@ namespace sage3 {
 constexpr int kTileScores = 64;             // per thread: 16 * 128 / 32
 constexpr int kTileWords = kTileScores / 4; // of quantised P: the A operands of four k-steps of 32 tokens
 constexpr float kLazy = 40.0f;              // 2^40 * 2^24 codes * 2^18 tokens stay far inside fp32
+constexpr float kNearLazy = 2.0f;           // where the reference is used as the row's maximum, too
 constexpr float kLog2TopCode = 7.994353436858858f;  // log2(255)
 constexpr float kNobody = -1e30f;           // the maximum of a row that attends nothing: finite, so that no NaN arises
 
@@ -125,14 +126,15 @@ __device__ __forceinline__ void quantize_p_fast(uint32_t (&p)[kTileWords], uint3
 
 // Moves m up where a tile's maximum has left it far behind: `rescale(r, factor)` must multiply row r of O. Returns in
 // weight what the tile's codes count for relative to m, and adds the tile to l.
-template <class Rescale>
+template <bool kNear = false, class Rescale>
 __device__ __forceinline__ void update_rows(RowState& state, const float (&top)[2], const uint32_t (&sum)[2],
                                             float (&weight)[2], Rescale rescale) {
-  const bool behind = top[0] - state.m[0] > kLazy || top[1] - state.m[1] > kLazy;
+  constexpr float kMost = kNear ? kNearLazy : kLazy;
+  const bool behind = top[0] - state.m[0] > kMost || top[1] - state.m[1] > kMost;
   if (__any_sync(0xffffffffu, behind)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (!(top[r] - state.m[r] > kLazy)) continue;
+      if (!(top[r] - state.m[r] > kMost)) continue;
       const float factor = exp2_approx(state.m[r] - top[r]);  // 0 at the first tile, where m is -inf
       state.l[r] *= factor;
       state.m[r] = top[r];
