@@ -35,11 +35,11 @@ class Operators:
             lse if return_lse else torch.empty(0),
             saved,
             torch.zeros(q.shape, dtype=torch.int8),
-            torch.zeros(2, *q.shape[:3]),
+            torch.zeros(3, *q.shape[:3]),
         )
 
     def int8_attention_gradient(self, dout, dlse, saved, out8, rows, mask, kv_heads, keys, is_causal, scale, deterministic):
-        assert (saved.dtype, out8.dtype, rows.shape) == (torch.uint8, torch.int8, (2, *dout.shape[:3]))
+        assert (saved.dtype, out8.dtype, rows.shape) == (torch.uint8, torch.int8, (3, *dout.shape[:3]))
         assert (kv_heads, keys) == self.inputs[1].shape[1:3]
         self.gradients += 1
         self.deterministic.append(deterministic)

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from comfy_sage3 import Report, training
 from comfy_sage3.errors import InputError
 
-LEAST = 0.999  # cosine with fp64
 B, H, LQ, LK, D = 2, 4, 70, 150, 40
 
 
@@ -33,6 +32,7 @@ class Place:
     kernel: str
     inference: str
     emulate: bool
+    least: float = 0.999  # cosine with fp64
 
     def randn(self, *shape, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
@@ -43,6 +43,13 @@ class Place:
         shapes = ((b, h, lq, d), (b, hkv or h, lk, d), (b, hkv or h, lk, d))
         q, k, v = (self.randn(*s, seed=seed + i) for i, s in enumerate(shapes))
         return [x.to(dtype).requires_grad_() for x in (q, k + 0.7, v + 0.3)]
+
+    def near(self, got, want):
+        """Whether dq, dk and dv are what they are to be, as far as 8 bits go."""
+        for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
+            assert a.shape == b.shape, name
+            assert a.isfinite().all(), name
+            assert cosine(a, b) > self.least, (name, cosine(a, b))
 
     def attention(self, *args, report=None, **kwargs):
         """``training.attention``, and the certainty that it ran in 8 bits."""
@@ -92,13 +99,6 @@ def exact(q, k, v, dout=None, mask=None, causal=False, scale=None, dlse=None):
 def cosine(a, b):
     a, b = a.detach().double().flatten(), b.detach().double().flatten()
     return float(a @ b / (a.norm() * b.norm()))
-
-
-def near(got, want, least=LEAST):
-    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
-        assert a.shape == b.shape, name
-        assert a.isfinite().all(), name
-        assert cosine(a, b) > least, (name, cosine(a, b))
 
 
 def mask_of(place, kind):
@@ -175,8 +175,8 @@ class TrainingCases:
         got = torch.autograd.grad(out, tensors, dout)
         assert [x.dtype for x in (out, *got)] == [dtype] * 4
         want = exact(*tensors, dout, causal=causal)
-        assert cosine(out, want[0]) > LEAST
-        near(got, want[2:])
+        assert cosine(out, want[0]) > place.least
+        place.near(got, want[2:])
 
     @pytest.mark.parametrize("kind", ["bool", "additive"])
     @pytest.mark.parametrize("causal", [False, True])
@@ -185,7 +185,7 @@ class TrainingCases:
         out = place.attention(*tensors, mask, is_causal=causal)
         dout = place.randn(*out.shape, seed=9)
         got = torch.autograd.grad(out, tensors, dout)
-        near(got, exact(*tensors, dout, mask, causal)[2:])
+        place.near(got, exact(*tensors, dout, mask, causal)[2:])
         assert not out[:, :, 3].any()
         assert not got[0][:, :, 3].any()
 
@@ -211,14 +211,14 @@ class TrainingCases:
             whole = torch.cat([x.detach().transpose(1, 2) for x in tensors], -1).requires_grad_()  # (B, L, H, 3 D)
             out = place.attention(*(x.transpose(1, 2) for x in whole.chunk(3, -1)))
             (together,) = torch.autograd.grad(out, whole, dout)
-            near([x.transpose(1, 2) for x in together.chunk(3, -1)], want)
+            place.near([x.transpose(1, 2) for x in together.chunk(3, -1)], want)
             return
         leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in tensors]
         if view == "NHD":
             out = place.attention(*leaves, layout="NHD").transpose(1, 2)
         else:
             out = place.attention(*(x.transpose(1, 2) for x in leaves))
-        near([x.transpose(1, 2) for x in torch.autograd.grad(out, leaves, dout)], want)
+        place.near([x.transpose(1, 2) for x in torch.autograd.grad(out, leaves, dout)], want)
 
     @pytest.mark.parametrize("kind", ["strided", "expanded", "transposed"])
     def test_an_incoming_gradient_of_any_order(self, place, kind):
@@ -231,7 +231,7 @@ class TrainingCases:
         else:
             dout = place.randn(B, H, D, LQ, seed=9).mT
         assert not dout.is_contiguous()
-        near(torch.autograd.grad(out, tensors, dout), exact(*tensors, dout)[2:])
+        place.near(torch.autograd.grad(out, tensors, dout), exact(*tensors, dout)[2:])
 
     @pytest.mark.parametrize("through", ["lse", "both"])
     def test_the_gradient_of_lse(self, place, through):
@@ -244,10 +244,10 @@ class TrainingCases:
         want = exact(*tensors, dout, causal=True, dlse=dlse)
         assert (lse - want[1]).abs().max() < 0.1
         if through == "both":
-            near(got, want[2:])
+            place.near(got, want[2:])
         else:
-            assert cosine(got[0], want[2]) > LEAST
-            assert cosine(got[1], want[3]) > LEAST
+            assert cosine(got[0], want[2]) > place.least
+            assert cosine(got[1], want[3]) > place.least
             assert got[2] is None or not got[2].any()
 
     @pytest.mark.parametrize("which", ["q", "k", "v", "qk", "kv", "qv"])
@@ -273,7 +273,7 @@ class TrainingCases:
         parts = exact(*given, dout, scale=scale)[2:]
         for tensor, a in zip(wanted, got, strict=True):
             b = sum(part for part, used in zip(parts, given, strict=True) if used is tensor)
-            assert cosine(a, b) > LEAST
+            assert cosine(a, b) > place.least
 
     def test_gradients_add_up_over_calls(self, place):
         tensors = place.qkv()
@@ -398,7 +398,7 @@ class TrainingCases:
         tensors = place.qkv(dtype=dtype)
         out = place.attention(*tensors)
         dout = place.randn(B, H, LQ, D, seed=9, dtype=torch.float32).mul(size).to(dtype)
-        near(torch.autograd.grad(out, tensors, dout), exact(*tensors, dout)[2:])
+        place.near(torch.autograd.grad(out, tensors, dout), exact(*tensors, dout)[2:])
 
     @pytest.mark.parametrize("size", [1.0, 1e-2, 1e3])
     def test_fp16_keeps_what_fp16_can_say(self, place, size):
@@ -406,7 +406,7 @@ class TrainingCases:
         tensors = place.qkv(dtype=torch.float16)
         dout = place.randn(B, H, LQ, D, seed=9).mul(size).half()
         got = torch.autograd.grad(place.attention(*tensors), tensors, dout)
-        near(got, [x.half() for x in exact(*tensors, dout)[2:]])
+        place.near(got, [x.half() for x in exact(*tensors, dout)[2:]])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_rows_of_tiny_gradients_among_large_ones_keep_their_digits(self, place, dtype):
@@ -417,8 +417,8 @@ class TrainingCases:
         got = torch.autograd.grad(place.attention(*tensors), tensors, dout)
         want = exact(*tensors, dout)[2:]
         for start in range(5):
-            assert cosine(got[0][:, :, start::5], want[0][:, :, start::5]) > LEAST, start
-        near(got, want)
+            assert cosine(got[0][:, :, start::5], want[0][:, :, start::5]) > place.least, start
+        place.near(got, want)
 
     def test_the_module_stands_where_pytorch_s_function_does(self, place):
         report = Report()
@@ -435,7 +435,7 @@ class TrainingCases:
             each(x).square().sum().backward()
         for a, b, c in zip(model.parameters(), twin.parameters(), exact_twin.parameters(), strict=True):
             assert cosine(a.grad, b.grad) > 0.99999
-            assert cosine(a.grad, c.grad) > LEAST
+            assert cosine(a.grad, c.grad) > place.least
         assert report.gradients() == {place.kernel: 2}
         with pytest.raises(InputError, match="dropout_p is 0.1: 8-bit attention has no dropout"):
             module(*place.qkv(), dropout_p=0.1)

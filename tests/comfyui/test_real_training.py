@@ -80,7 +80,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(client, tmp_path_factory):
-    """Both from the same LoRA: Train LoRA draws it from torch's global generator, which the sampling before it has seeded."""
+    """Both from the same LoRA: Train LoRA draws it from torch's global generator, which the sampling before has seeded."""
     folder = tmp_path_factory.mktemp("trained")
     Outcome(client, workflow(precision="exact", steps=1), folder / "before")
     return {precision: Outcome(client, workflow(precision=precision), folder / precision) for precision in ("int8", "exact")}

@@ -17,6 +17,8 @@ from comfy_sage3.kernels import build
 
 from ..training_cases import Place, TrainingCases, cosine, exact, plain, train
 
+LEAST = 0.998  # cosine with fp64: of e4m3 gradients, both of whose operands are rounded to 2.5 % (rms), 0.999
+
 
 @pytest.fixture
 def place():
@@ -30,7 +32,7 @@ def place():
     }
     if asked[True].kernel == "exact":
         pytest.skip(f"no kernel of this version gives gradients on sm_{capability[0]}{capability[1]}")
-    return Place("cuda", asked[True].kernel, asked[False].kernel, emulate=False)
+    return Place("cuda", asked[True].kernel, asked[False].kernel, emulate=False, least=LEAST)
 
 
 class TestByKernel(TrainingCases):
@@ -45,7 +47,7 @@ def test_wide_heads_have_right_gradients_by_whatever_serves_them(place, d, dtype
     dout = place.randn(*out.shape, seed=9, dtype=dtype)
     got = torch.autograd.grad(out, tensors, dout)
     for a, b in zip(got, exact(*tensors, dout)[2:], strict=True):
-        assert cosine(a, b) > 0.999
+        assert cosine(a, b) > LEAST
     (line,) = report.lines()
     if line["kernel"] == "exact":
         assert line["reason"] == f"int8 needs a head_dim of at most 128 for its gradient; this call has {d}"
