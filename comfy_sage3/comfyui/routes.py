@@ -2,7 +2,8 @@
 
 GET /sage3/doctor            examines the machine once per process, off the event loop
 GET /sage3/doctor?known=1    the same if it has been examined, else null
-GET /sage3/runs              {"runs": [the last payload of each workflow's node, oldest first], "build": the last event or null}
+GET /sage3/runs              {"runs": [the last payload of each workflow's node, oldest first],
+                             "build": the last event or null}
 """
 
 from __future__ import annotations
