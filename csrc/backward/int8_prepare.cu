@@ -341,29 +341,41 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 
 // The exponent of a tile's gain, from the bits of its largest weight times a, of which the forward pass knows no more than
 // that it may be four times as much: p is at most 2^8. Where that is less than the exponents of two tiles may differ by, the
-// last tile's stands, and so it does where there is no gradient.
-constexpr int kKeptOctaves = 3;
-__device__ __forceinline__ int gain_after(int last, bool first, int weight) {
-  const int exponent = (weight >> 23) - 127 - 5;
-  if (exponent < -130) return last;
-  return first || exponent > last || exponent < last - kKeptOctaves ? exponent : last;
+// last tile's stands, and so it does where there is no gradient. The sums are multiplied by what lies between two gains:
+// that stays a number as the gains of a kv head's tiles are kGainSpan apart at most, and none, below 1, beyond kLeastGain.
+// What a gain so lifted rounds to 0 is 2^-80 of the largest.
+constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120;
+__device__ __forceinline__ int gain_of(int weight) { return (weight >> 23) - 127 - 5; }
+__device__ __forceinline__ int gain_after(int last, bool first, int weight, int most) {
+  const int gain = gain_of(weight);
+  if (gain < kLeastGain) return last;
+  return first || gain > last || gain < last - kKeptOctaves ? max(gain, most - kGainSpan) : last;
 }
 
 // A block a query head.
 template <int D>
 __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_constant__ Params p) {
-  __shared__ int gain[kLevelThreads];
+  __shared__ int gain[kLevelThreads], largest;
   const int tiles = static_cast<int>(p.call.shape.query_tiles());
   const int64_t start = int64_t(blockIdx.x) * tiles;
   const int* const weights = reinterpret_cast<const int*>(p.part(p.at.weights)) + start;
   auto* const blocks = reinterpret_cast<int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + start;
-  int last = 0;
+  if (threadIdx.x == 0) largest = 0;
+  __syncthreads();
+  const int group = p.call.shape.heads / p.call.shape.kv_heads;
+  const int* const of_group = weights - int64_t(blockIdx.x % group) * tiles;
+  int mine = 0;
+  for (int64_t i = threadIdx.x; i < int64_t(group) * tiles; i += kLevelThreads) mine = max(mine, of_group[i]);
+  atomicMax(&largest, mine);
+  __syncthreads();
+  const int most = gain_of(largest) < kLeastGain ? 0 : gain_of(largest);
+  int last = most;
   for (int from = 0; from < tiles; from += kLevelThreads) {
     const int count = min(tiles - from, kLevelThreads);
     if (static_cast<int>(threadIdx.x) < count) gain[threadIdx.x] = weights[from + threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, gain[i]);
+      for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, gain[i], most);
     }
     __syncthreads();
     last = gain[count - 1];

@@ -3,10 +3,12 @@
 // is done when the last of them arrives. Blocks run one after the other.
 //
 // wgmma runs as late as it may: at the wait that needs it, with its accumulators full of garbage until then. A kernel that
-// reads a product too early, or touches its operands under it, gives wrong numbers here as it would there.
+// reads a product too early, or touches its operands under it, gives wrong numbers here as it would there. So do additions of
+// the copy engine: they read shared memory when their thread waits for that, and are there when it waits for that, or at the
+// block's end.
 //
 // Nothing here is fast, or about speed. What it cannot show: the order of memory between the copy engine, wgmma and ordinary
-// accesses (fences), and hardware that differs from its manual.
+// accesses (fences), the bits that a tensor core drops from a sum of e4m3 products, and hardware that differs from its manual.
 #pragma once
 
 #include <ucontext.h>
@@ -40,9 +42,11 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
+struct int4 { int x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -61,6 +65,8 @@ inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
+template <class T>
+T __ldcs(const T* at) { return *at; }
 using std::max;
 using std::min;
 
@@ -96,8 +102,43 @@ struct Gate {  // a barrier that is used again and again
   unsigned round = 0;
 };
 
+// e4m3's 256 numbers. The byte nearest to a number, ties to even, at most 448; NaN stays NaN.
+inline float value_of_e4m3(int byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float x = exponent == 15 && mantissa == 7 ? NAN
+                  : exponent == 0                 ? std::ldexp(float(mantissa), -9)
+                                                  : std::ldexp(float(8 + mantissa), exponent - 10);
+  return byte & 0x80 ? -x : x;
+}
+inline float from_e4m3(int byte) {
+  static const std::vector<float> all = [] {
+    std::vector<float> made(256);
+    for (int i = 0; i < 256; ++i) made[i] = value_of_e4m3(i);
+    return made;
+  }();
+  return all[byte];
+}
+inline uint8_t to_e4m3(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) return sign | 0x7f;
+  const float most = std::fmin(std::fabs(x), 448.0f);
+  const int exponent = most < 0x1p-6f ? -6 : std::ilogb(most);
+  const int eighths = static_cast<int>(std::nearbyint(std::ldexp(most, 3 - exponent)));  // 16 where it rounds up to a power
+  return sign | (eighths < 8 ? eighths : (exponent + 6) * 8 + eighths);
+}
+
+enum Kind { kS8, kBf16, kE4m3 };
+
+struct Addition {  // one cp.reduce of a thread
+  float* to;
+  const float* from;
+  std::vector<float> read;  // from there, once it has been
+  size_t count;
+};
+
 struct Product {  // one wgmma of a warpgroup
-  bool is_bf16, a_signed, a_in_registers, adds;
+  Kind kind;
+  bool a_in_registers, adds;
   int columns;
   int* d[128];
   const uint32_t* a[128];
@@ -136,6 +177,7 @@ struct Block {
   std::vector<Gate> warp;
   std::vector<std::vector<uint64_t>> slot;  // of each thread, for what lanes exchange
   std::vector<Warpgroup> group;
+  std::vector<std::vector<Addition>> additions;  // of each thread, in order
   std::map<const void*, Barrier> barrier;
   std::function<void()> body;
   long idle = 0;
@@ -164,8 +206,26 @@ inline void pass(Gate& gate, int count, const std::function<void()>& last = {}) 
   }
 }
 
+// ---- additions in the background
+
+inline void read(std::vector<Addition>& additions) {
+  for (Addition& x : additions) {
+    if (x.read.empty()) x.read.assign(x.from, x.from + x.count);
+  }
+}
+
+inline void add(std::vector<Addition>& additions) {
+  for (const Addition& x : additions) {
+    for (size_t i = 0; i < x.count; ++i) x.to[i] += x.read[i];
+  }
+  additions.clear();
+}
+
 inline void start() {
   block->body();
+  for (const Addition& x : block->additions[threadIdx.x]) {
+    if (x.read.empty()) fail("a thread that leaves while its additions are still to be read");
+  }
   block->finished[threadIdx.x] = true, block->idle = 0;
   swapcontext(&block->context[threadIdx.x], &block->main);
 }
@@ -182,6 +242,7 @@ void run(unsigned blocks, int threads, int shared_bytes, Body body) {
     b.shared = b.memory.data() + (1024 - reinterpret_cast<uintptr_t>(b.memory.data()) % 1024) % 1024;
     b.context.resize(threads), b.finished.assign(threads, false), b.warp.resize((threads + 31) / 32);
     b.slot.assign(threads, std::vector<uint64_t>(8)), b.group.resize((threads + 127) / 128);
+    b.additions.resize(threads);
     for (int t = 0; t < threads; ++t) {
       b.stack.emplace_back(new unsigned char[kStack]);
       getcontext(&b.context[t]);
@@ -207,6 +268,7 @@ void run(unsigned blocks, int threads, int shared_bytes, Body body) {
     for (const Warpgroup& g : b.group) {
       if (g.done != g.products.size()) fail("a product that nobody waited for");
     }
+    for (int t = 0; t < threads; ++t) add(b.additions[t]);
   }
 }
 
@@ -236,53 +298,55 @@ inline unsigned char operand_byte(uint64_t descriptor, int row, int byte) {
   return *at_address(address ^ ((address >> 7 & (width / 16 - 1)) << 4));
 }
 
-inline float bf16_at(uint64_t descriptor, int row, int k) {
-  const uint32_t low = operand_byte(descriptor, row, 2 * k), high = operand_byte(descriptor, row, 2 * k + 1);
-  return __uint_as_float(high << 24 | low << 16);
+// The numbers of row `row` of an operand, 32 or 16 of them: from a K-major tile, or from the registers of its threads.
+using Row = std::vector<float>;
+inline Row numbers_of(const Product& x, const std::function<unsigned char(int)>& byte) {
+  Row found(x.kind == kBf16 ? 16 : 32);
+  for (int k = 0; k < static_cast<int>(found.size()); ++k) {
+    if (x.kind == kBf16) {
+      found[k] = __uint_as_float(uint32_t(byte(2 * k + 1)) << 24 | uint32_t(byte(2 * k)) << 16);
+    } else {
+      found[k] = x.kind == kE4m3 ? from_e4m3(byte(k)) : static_cast<signed char>(byte(k));
+    }
+  }
+  return found;
 }
 
 inline void execute(const Product& x) {
+  std::vector<Row> b;
+  for (int column = 0; column < x.columns; ++column) {
+    b.push_back(numbers_of(x, [&](int byte) { return operand_byte(x.b_at, column, byte); }));
+  }
   for (int row = 0; row < 64; ++row) {
-    // The row's 32 bytes of A: from registers, or from shared memory.
-    int a[32];
-    float a16[16];
-    for (int k = 0; k < 32; ++k) {
-      unsigned char byte;
-      if (x.a_in_registers) {
-        const int thread = row / 16 * 32 + row % 8 * 4 + k % 16 / 4, reg = row % 16 / 8 + 2 * (k / 16);
-        byte = x.a[thread][reg] >> (8 * (k % 4));
-      } else {
-        byte = operand_byte(x.a_at, row, k);
-      }
-      a[k] = x.a_signed ? static_cast<signed char>(byte) : byte;
-    }
-    for (int k = 0; x.is_bf16 && k < 16; ++k) a16[k] = bf16_at(x.a_at, row, k);
+    const Row a = numbers_of(x, [&](int byte) -> unsigned char {
+      if (!x.a_in_registers) return operand_byte(x.a_at, row, byte);
+      const int thread = row / 16 * 32 + row % 8 * 4 + byte % 16 / 4, reg = row % 16 / 8 + 2 * (byte / 16);
+      return x.a[thread][reg] >> (8 * (byte % 4));
+    });
     for (int column = 0; column < x.columns; ++column) {
       int& d = x.d[row / 16 * 32 + row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
-      if (x.is_bf16) {
-        float sum = 0.0f;
-        for (int k = 0; k < 16; ++k) sum += a16[k] * bf16_at(x.b_at, column, k);
-        d = __float_as_int((x.adds ? __int_as_float(d) : 0.0f) + sum);
+      float sum = 0.0f;  // of 32 products of bytes: below 2^24, and exact
+      for (size_t k = 0; k < a.size(); ++k) sum += a[k] * b[column][k];
+      if (x.kind == kS8) {
+        d = (x.adds ? d : 0) + static_cast<int>(sum);
       } else {
-        int sum = x.adds ? d : 0;
-        for (int k = 0; k < 32; ++k) sum += a[k] * static_cast<signed char>(operand_byte(x.b_at, column, k));
-        d = sum;
+        d = __float_as_int((x.adds ? __int_as_float(d) : 0.0f) + sum);
       }
     }
   }
 }
 
-inline void issue(bool is_bf16, bool a_signed, const uint32_t* a, uint64_t a_at, uint64_t b_at, bool adds, int* d, int columns) {
+inline void issue(Kind kind, const uint32_t* a, uint64_t a_at, uint64_t b_at, bool adds, int* d, int columns) {
   const int thread = threadIdx.x % 128;
   Warpgroup& g = block->group[threadIdx.x / 128];
   if (g.issued[thread] == g.products.size()) {
     Product made{};
-    made.is_bf16 = is_bf16, made.a_signed = a_signed, made.a_in_registers = a != nullptr, made.adds = adds;
+    made.kind = kind, made.a_in_registers = a != nullptr, made.adds = adds;
     made.columns = columns, made.a_at = a_at, made.b_at = b_at, made.group = g.committed[thread];
     g.products.push_back(made);
   }
   Product& mine = g.products[g.issued[thread]++];
-  if (mine.a_at != a_at || mine.b_at != b_at || mine.columns != columns || mine.group != g.committed[thread]) {
+  if (mine.a_at != a_at || mine.b_at != b_at || mine.columns != columns || mine.kind != kind || mine.group != g.committed[thread]) {
     fail("the threads of a warpgroup issue different products");
   }
   mine.d[thread] = d, mine.a[thread] = a, ++mine.seen;

@@ -9,7 +9,10 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;  // NaN is not below
+}
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline int round_to_int(float x) { return x != x ? 0 : static_cast<int>(std::nearbyint(std::fmin(std::fmax(x, -2e9f), 2e9f))); }

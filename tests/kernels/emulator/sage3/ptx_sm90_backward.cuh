@@ -78,32 +78,43 @@ inline void store_turned(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t
   __syncwarp();
 }
 
-inline void add_to_global(float* to, float a, float b, float c, float d) {
-  if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fail("an addition of four floats that is not aligned");
-  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
+inline void add_to_global(float* to, const float* from, uint32_t bytes) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    emulator::fail("an addition in the background that is not aligned");
+  }
+  emulator::block->additions[threadIdx.x].push_back({to, from, {}, bytes / 4});
+}
+inline void await_additions_read() { emulator::read(emulator::block->additions[threadIdx.x]); }
+inline void await_additions() {
+  await_additions_read();
+  emulator::add(emulator::block->additions[threadIdx.x]);
 }
 inline void await_count(const int* counter, int count) {
   while (*counter < count) emulator::yield();
 }
-inline void count_one(int* counter) { ++*counter; }
+inline void count_one(int* counter) {
+  if (!emulator::block->additions[threadIdx.x].empty()) emulator::fail("additions are counted before they are there");
+  ++*counter;
+}
+
+inline uint32_t pack_e4m3(float a, float b, float c, float d) {
+  using emulator::to_e4m3;
+  return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | uint32_t(to_e4m3(d)) << 24;
+}
 
 enum Old { kAdded, kReplaced, kIgnored };
 
 template <Old kOld, int kCount>
 void multiply_s8(int (&d)[kCount], uint64_t a, uint64_t b) {
-  emulator::issue(false, true, nullptr, a, b, kOld == kAdded, d, 2 * kCount);
+  emulator::issue(emulator::kS8, nullptr, a, b, kOld == kAdded, d, 2 * kCount);
 }
-template <Old kOld, int kCount>
-void multiply_s8(int (&d)[kCount], const uint32_t* a, uint64_t b) {
-  emulator::issue(false, true, a, 0, b, kOld == kAdded, d, 2 * kCount);
-}
-template <Old kOld, int kCount>
-void multiply_u8(int (&d)[kCount], const uint32_t* a, uint64_t b) {
-  emulator::issue(false, false, a, 0, b, kOld == kAdded, d, 2 * kCount);
+template <int kCount>
+void multiply_e4m3(int (&d)[kCount], const uint32_t* a, uint64_t b) {
+  emulator::issue(emulator::kE4m3, a, 0, b, true, d, 2 * kCount);
 }
 template <Old kOld, int kCount>
 void multiply_bf16(int (&d)[kCount], uint64_t a, uint64_t b) {
-  emulator::issue(true, true, nullptr, a, b, kOld == kAdded, d, 2 * kCount);
+  emulator::issue(emulator::kBf16, nullptr, a, b, kOld == kAdded, d, 2 * kCount);
 }
 
 }  // namespace sage3::sm90
