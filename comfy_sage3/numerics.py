@@ -152,9 +152,9 @@ def scale_choice(inputs: Inputs) -> Table:
     return _forward_table("scale", "Block scale", inputs, [
         ("maximum at 6 (paper)", Fp4Options()),
         ("maximum at 6 or 4", Fp4Options(block_scale="four_or_six")),
-        ("best of four", Fp4Options(block_scale="quick")),
+        ("best of three", Fp4Options(block_scale="quick")),
         ("best of nine", Fp4Options(block_scale="search")),
-        ("best of four, mean taken out of V", Fp4Options(block_scale="quick", smooth_v=True)),
+        ("best of three, mean taken out of V", Fp4Options(block_scale="quick", smooth_v=True)),
         ("best of nine, mean taken out of V", Fp4Options(block_scale="search", smooth_v=True)),
     ])  # fmt: skip
 

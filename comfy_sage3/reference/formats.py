@@ -170,11 +170,11 @@ def second_level_scale(x: Tensor) -> Tensor:
 
 ScaleChoice = Literal["six", "four_or_six", "search", "quick"]
 """Which e4m3 scale a block gets: the one that puts its maximum at 6; that or the one that puts it at 4; the best of those
-whose code is 2 below to 6 above the first; or, "quick", the best of four of these (``quantize_blocks_quick``). Best: of
+whose code is 2 below to 6 above the first; or, "quick", the best of three of these (``quantize_blocks_quick``). Best: of
 least squared error."""
 SEARCHED = range(-2, 7)
-QUICK_STEPS = (0, -1, 4, 5)
-"""What four tries gain most by: from the code of the scale that puts the maximum at 6 to those tried, in this order."""
+QUICK_STEPS = (0, -1, 5)
+"""What three tries gain most by: from the code of the scale that puts the maximum at 6 to those tried, in this order."""
 
 
 def round_blocks(
@@ -234,7 +234,8 @@ def quantize_blocks_quick(blocks: Tensor) -> tuple[Tensor, Tensor]:
     block that holds a NaN or an infinity has the scale NaN; its codes, and those of a block of scale 0, are 0.
     """
     amax = blocks.abs().amax(-1)
-    first = torch.where(amax < torch.inf, encode_e4m3(amax * (1.0 / 6.0)), torch.full_like(amax, 0x7F, dtype=torch.uint8))
+    start = encode_e4m3(amax.half().float() * (1.0 / 6.0))
+    first = torch.where(amax < torch.inf, start, torch.full_like(start, 0x7F))
     magnitude = blocks.abs().half().float()
     best, least, values = first, torch.empty(0), torch.empty(0)
     for step in QUICK_STEPS:
@@ -249,23 +250,33 @@ def quantize_blocks_quick(blocks: Tensor) -> tuple[Tensor, Tensor]:
         better = error < least  # never where either is NaN
         best, least = torch.where(better, code, best), torch.where(better, error, least)
         values = torch.where(better.unsqueeze(-1), y, values)
-    codes = encode_e2m1(values.copysign(blocks))
+    codes = _rounded_bits(values.clamp(max=E2M1_MAX)).bitwise_right_shift(9).to(torch.uint8)
+    codes += blocks.signbit().to(torch.uint8) * 8
     return codes.masked_fill_(((best == 0) | (best == 0x7F)).unsqueeze(-1), 0), best
 
 
 def _fp16_square_sum(y: Tensor) -> Tensor:
-    """The squares of what rounding fp16 magnitudes y (..., 16) to e2m1 changes, summed (...) in the kernel's order, fp32.
+    """The squares of what rounding fp16 magnitudes y (..., 16) to e2m1 changes, summed (...) in the kernel's order, fp16 as fp32.
 
     Rounding goes on above 6 in steps of 2, 4, ... Two sums in fp16, of numbers 0-3 and 8-11 and of the others, by fused
     multiply-adds: fp64 holds their exact results.
     """
-    off = (round_magnitude_(y.clone(), torch.empty_like(y), mantissa_bits=1, min_exponent=0) - y).double()
-    off = off.masked_fill_(y >= 128, torch.nan)  # 768 times the power of two below is infinite in fp16
+    rounded = (_rounded_bits(y) & ~0x1FF).view(torch.float16).float() * 2.0**14
+    off = (rounded - y).half().double()
     terms = off.square_().unflatten(-1, (2, 2, 4)).transpose(-3, -2).flatten(-2)  # (..., 2, 8)
     total = torch.zeros_like(terms[..., 0])
     for i in range(terms.shape[-1]):
         total = _round_to_fp16(total + terms[..., i])
-    return total[..., 0].float() + total[..., 1].float()
+    return _round_to_fp16(total[..., 0] + total[..., 1]).float()
+
+
+def _rounded_bits(y: Tensor) -> Tensor:
+    """Magnitudes y rounded to e2m1's grid, of ties away from 0: fp16's bits of 2^-14 of them, codes from bit 9 on, int16.
+
+    Below 1 both formats have fixed steps then: y / 2^14 is subnormal in fp16 where y is in e2m1. The nine last bits are no
+    part of it.
+    """
+    return (y * 2.0**-14).half().view(torch.int16) + 0x100
 
 
 def _round_to_fp16(x: Tensor) -> Tensor:

@@ -54,14 +54,15 @@ def quantize_queries(q: Tensor, scale: float) -> Operand:
     rows = pad_to(q.float(), -1, _BLOCK)
     means = smoothing.halving_means(rows)
     centred = pad_to(rows - smoothing.spread_means(means, q.shape[-2]), -2, TILE)
-    return _quantize_rows(centred, math.copysign(1.0, scale), q.shape[-2], means)
+    return _quantize_rows(centred, tile_levels(pad_to(rows, -2, TILE)), math.copysign(1.0, scale), q.shape[-2], means)
 
 
 def quantize_keys(k: Tensor) -> Operand:
     """K (B, H, Lk, D) of any floating-point dtype."""
     rows = pad_to(k.float(), -1, _BLOCK)
     means = smoothing.sampled_mean(rows)
-    return _quantize_rows(pad_to(rows - means, -2, TILE), 1.0, k.shape[-2], means)
+    levels = tile_levels(torch.maximum(pad_to(rows, -2, TILE).abs(), means.abs()))
+    return _quantize_rows(pad_to(rows - means, -2, TILE), levels, 1.0, k.shape[-2], means)
 
 
 def quantize_values(v: Tensor) -> Operand:
@@ -74,9 +75,8 @@ def quantize_values(v: Tensor) -> Operand:
     return Operand(codes.movedim(-1, -2).flatten(-3, -2), scales, levels, means)
 
 
-def _quantize_rows(centred: Tensor, sign: float, tokens: int, means: Tensor) -> Operand:
+def _quantize_rows(centred: Tensor, levels: Tensor, sign: float, tokens: int, means: Tensor) -> Operand:
     """Rows that are padded to whole tiles already; those from ``tokens`` on are zeros."""
-    levels = tile_levels(centred)
     x = centred * (sign / levels).repeat_interleave(TILE, -1).unsqueeze(-1)
     codes, scales = quantize_blocks_quick(x.unflatten(-1, (-1, _BLOCK)))
     scales[..., tokens:, :] = 0  # a tile whose level is NaN
@@ -84,12 +84,14 @@ def _quantize_rows(centred: Tensor, sign: float, tokens: int, means: Tensor) -> 
 
 
 def tile_levels(x: Tensor) -> Tensor:
-    """The power of two that brings the largest magnitude of 128 tokens to [2^10, 2^11): (B, H, n, D) -> (B, H, n / 128).
+    """The power of two that brings the largest magnitude of 128 tokens to [2^9, 2^10): (B, H, n, D) -> (B, H, n / 128).
+
+    Without their mean they are below 2^11 still, which is within e4m3's 448 times e2m1's 6.
 
     2^-126 at least, so that its inverse is a number; 1 where all is 0; NaN where anything is NaN or infinite.
     """
     amax = x.unflatten(-2, (-1, TILE)).abs().amax((-2, -1))
-    level = _power_of_two(torch.frexp(amax).exponent - 1 - 10)
+    level = _power_of_two(torch.frexp(amax).exponent - 1 - 9)
     level = torch.where(amax == 0, torch.ones_like(level), level)
     return torch.where(amax < torch.inf, level, torch.full_like(level, torch.nan))
 

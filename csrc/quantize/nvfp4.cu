@@ -1,9 +1,9 @@
 // Quantisation of the 4-bit attention: Q, K and V of any floating dtype and strides -> nvfp4_format.cuh's workspace.
 //
-// Two launches.
+// Two launches, the second of which begins under the first.
 //   statistics  one block per (batch, kv head) and K or V: k_mean, v_mean and v_level, from a sample of the tokens
-//   quantise    one block per 128 tokens of K, of V or of Q: read once, laid out as it came in shared memory, where threads
-//               find their blocks of 16; codes laid out and copied out
+//   quantise    one block per 128 tokens of Q, of K or of V: read once, laid out as it came in shared memory, where threads
+//               find their blocks of 16; codes laid out and copied out. Q comes first, for it needs no statistics
 //
 // (delta is nvfp4_correct.cu's.) How a block gets its scale is nvfp4_block.cuh's; what is subtracted and divided by is
 // nvfp4_format.cuh's. Every step rounds as comfy_sage3/reference/operands.py has it: the same inputs give the same bits.
@@ -11,8 +11,10 @@
 // A NaN or an infinity makes its block's scale NaN. In Q and K it does so to the whole tile, whose level it enters.
 
 #include <climits>
+#include <type_traits>
 
 #include "sage3/channels.cuh"
+#include "sage3/divisor.cuh"
 #include "sage3/launch_fp4.h"
 #include "sage3/nvfp4_block.cuh"
 #include "sage3/sample.cuh"
@@ -28,6 +30,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 struct Params {
   Fp4Quantize call;
   nvfp4::Workspace at;
+  Divisor key_tiles, query_tiles, kv_heads, heads;
 
   template <class Part>
   __device__ __forceinline__ Part* part(int64_t offset) const {
@@ -65,9 +68,13 @@ struct Shared {
 // Where a chunk of a piece lies. Column and row are mixed so that neither eight columns of a row side by side, nor every
 // second one (two make a block of Q or K), nor one of every 16th row (a block of V each) meet in a bank.
 template <class T, int D>
+__device__ __forceinline__ int chunk_at(int sixteen, int row, int column) {
+  const int mixed = column ^ (sixteen & 7) ^ (D == 64 ? row & 1 : column >> 3 & 1);
+  return ((sixteen * 16 + row) * (D / kChunk) + mixed) * (kChunk * int(sizeof(T)));
+}
+template <class T, int D>
 __device__ __forceinline__ int chunk_at(int row, int column) {
-  const int mixed = column ^ (row / 16 & 7) ^ (D == 64 ? row & 1 : column >> 3 & 1);
-  return (row * (D / kChunk) + mixed) * (kChunk * int(sizeof(T)));
+  return chunk_at<T, D>(row / 16, row % 16, column);
 }
 
 // ------------------------------------------------------------------------------------------------- pieces
@@ -85,29 +92,37 @@ __device__ __forceinline__ void load_floats(float (&x)[kChunk], const float* fro
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
-// The second level of a tile's scales: the power of two that brings its largest magnitude to 2^10 or a little more, 1 where
-// it is zero. From 2^-126 up, so that the inverse is a number too.
+// The second level of a tile's scales: the power of two that brings its largest magnitude to 2^9 or a little more, so that
+// without its mean it is below 2^11 still; 1 where so that
+// without its mean it is below 2^11 still; 1 where it is zero. From 2^-126 up, so that the inverse is a number too.
 struct Level {
   float value, inverse;
 
   __device__ __forceinline__ explicit Level(float largest) {
-    const int exponent = max((__float_as_int(largest) >> 23) - 10, 1);  // biased, of the level
+    const int exponent = max((__float_as_int(largest) >> 23) - 9, 1);  // biased, of the level
     const bool nothing = largest == 0.0f, number = largest < -kNegativeInfinity;
     value = nothing ? 1.0f : number ? __int_as_float(exponent << 23) : __int_as_float(0x7FC00000);
     inverse = nothing ? 1.0f : number ? __int_as_float((254 - exponent) << 23) : __int_as_float(0x7FC00000);
   }
 };
 
+// How many of a tile's tokens there are, where that is all of them, of D channels each; otherwise it is an int.
+using Whole = std::integral_constant<int, kTile>;
+
 // A thread's chunks of the turns from `turn` on: as many as the array has room for. Tokens past the end are zeros.
-template <class T, int D, bool kDense, int kCount>
-__device__ __forceinline__ void fetch(Chunk<T> (&x)[kCount], const HeadRows<T, kDense>& rows, int first, int real,
+template <class T, int D, bool kDense, int kCount, class Real>
+__device__ __forceinline__ void fetch(Chunk<T> (&x)[kCount], const HeadRows<T, kDense>& rows, int first, Real real,
                                       int turn) {
   using L = Layout<T, D>;
   const int row0 = threadIdx.x / L::kRowLanes, channel = threadIdx.x % L::kRowLanes * kChunk;
+  if constexpr (std::is_same_v<Real, Whole>) {
+    rows.template load_every<L::kRows>(x, first + row0 + turn * L::kRows, channel);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int row = row0 + (turn + i) * L::kRows;
-    x[i] = rows.load(first + row, channel, row < real);
+    for (int i = 0; i < kCount; ++i) {
+      const int row = row0 + (turn + i) * L::kRows;
+      x[i] = rows.load(first + row, channel, row < real);
+    }
   }
 }
 
@@ -116,8 +131,9 @@ __device__ __forceinline__ void put(const Chunk<T> (&x)[kCount], Shared<T, D>& s
   using L = Layout<T, D>;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int row = threadIdx.x / L::kRowLanes + i * L::kRows;
-    auto* const to = reinterpret_cast<uint4*>(shared.tokens + chunk_at<T, D>(row, threadIdx.x % L::kRowLanes));
+    static_assert(L::kRows == 16);
+    const int at = chunk_at<T, D>(i, threadIdx.x / L::kRowLanes, threadIdx.x % L::kRowLanes);
+    auto* const to = reinterpret_cast<uint4*>(shared.tokens + at);
 #pragma unroll
     for (int n = 0; n < Chunk<T>::kWords; n += 4) {
       to[n / 4] = make_uint4(x[i].word[n], x[i].word[n + 1], x[i].word[n + 2], x[i].word[n + 3]);
@@ -126,8 +142,8 @@ __device__ __forceinline__ void put(const Chunk<T> (&x)[kCount], Shared<T, D>& s
 }
 
 // Brings a piece of a tile that shared memory does not hold whole, in place of the last one.
-template <class T, int D, bool kDense>
-__device__ __forceinline__ void put_piece(const HeadRows<T, kDense>& rows, int first, int real, int piece, Shared<T, D>& shared) {
+template <class T, int D, bool kDense, class Real>
+__device__ __forceinline__ void put_piece(const HeadRows<T, kDense>& rows, int first, Real real, int piece, Shared<T, D>& shared) {
   using L = Layout<T, D>;
   Chunk<T> again[L::kPieceTurns];
   fetch<T, D>(again, rows, first, real, piece * L::kPieceTurns);
@@ -149,40 +165,40 @@ __device__ __forceinline__ Chunk<T> get(const Shared<T, D>& shared, int row, int
 }
 
 // Shared memory -> global memory, 16 bytes a thread, in order.
-template <class T, int D>
-__device__ __forceinline__ void copy_out(unsigned char* to, const Shared<T, D>& shared, int bytes) {
+template <int kBytes, class T, int D>
+__device__ __forceinline__ void copy_out(unsigned char* to, const Shared<T, D>& shared) {
+  constexpr int kTurn = 16 * Layout<T, D>::kThreads;
   __syncthreads();
-  for (int at = 16 * threadIdx.x; at < bytes; at += 16 * Layout<T, D>::kThreads) {
+#pragma unroll
+  for (int i = 0; i * kTurn < kBytes; ++i) {
+    const int at = i * kTurn + 16 * threadIdx.x;
+    if ((i + 1) * kTurn > kBytes && at >= kBytes) return;
     *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(shared.record + at);
   }
 }
 
-// max |x - mean| over the tile, for every thread. `extremes` are those of the thread's rows, of which there may be none.
-template <class T, int D>
-__device__ __forceinline__ float tile_max(const Extremes<T>& extremes, bool any, Shared<T, D>& shared) {
+// The largest magnitude of a thread's tokens.
+template <class T, int D, int kCount, class Real>
+__device__ __forceinline__ float thread_max(const Chunk<T> (&x)[kCount], Real real) {
   using L = Layout<T, D>;
-  float mean[kChunk], most = 0.0f;
-  load_floats(mean, shared.mean + threadIdx.x % L::kRowLanes * kChunk);
+  LargestMagnitude<T> largest;
 #pragma unroll
-  for (int c = 0; c < kChunk; ++c) most = max_nan(most, extremes.distance(c, mean[c]));
-  most = warp_max(any ? most : 0.0f);
+  for (int i = 0; i < kCount; ++i) {
+    if (int(threadIdx.x) / L::kRowLanes + i * L::kRows < real) largest.add(x[i]);
+  }
+  return largest.value();
+}
+
+// The largest of the threads' numbers, for each of them. A barrier.
+template <class T, int D>
+__device__ __forceinline__ float tile_max(float most, Shared<T, D>& shared) {
+  most = warp_max(most);
   if (threadIdx.x % 32 == 0) shared.partial[threadIdx.x / 32] = most;
   __syncthreads();
   most = shared.partial[0];
 #pragma unroll
-  for (int w = 1; w < L::kThreads / 32; ++w) most = max_nan(most, shared.partial[w]);
+  for (int w = 1; w < Layout<T, D>::kThreads / 32; ++w) most = max_nan(most, shared.partial[w]);
   return most;
-}
-
-template <class T, int D, int kCount>
-__device__ __forceinline__ Extremes<T> extremes_of(const Chunk<T> (&x)[kCount], int real) {
-  using L = Layout<T, D>;
-  Extremes<T> extremes(x[0]);
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) {
-    if (int(threadIdx.x) / L::kRowLanes + i * L::kRows < real) extremes.add(x[i]);
-  }
-  return extremes;
 }
 
 // ------------------------------------------------------------------------------------------------- Q and K
@@ -194,18 +210,18 @@ struct RowBlock {
 
   // x holds (x - mean) * factor.
   __device__ __forceinline__ RowBlock(const float (&x)[kBlock], const nvfp4::Scales& scales) {
-    float largest = 0.0f;
+    __half2 pair[8], most = __float2half2_rn(0.0f);  // (i, i + 4) of eight
 #pragma unroll
-    for (int c = 0; c < kBlock; ++c) largest = max_nan(largest, fabsf(x[c]));
-    __half2 pair[8];  // (i, i + 4) of eight
-#pragma unroll
-    for (int i = 0; i < 8; ++i) pair[i] = __floats2half2_rn(x[i / 4 * 8 + i % 4], x[i / 4 * 8 + i % 4 + 4]);
+    for (int i = 0; i < 8; ++i) {
+      pair[i] = __floats2half2_rn(x[i / 4 * 8 + i % 4], x[i / 4 * 8 + i % 4 + 4]);
+      most = __hmax2_nan(most, __habs2(pair[i]));
+    }
 
-    const int first = nvfp4::first_code(largest);
+    const int first = nvfp4::first_code(max_nan(__low2float(most), __high2float(most)));
     const auto judged = [&](const nvfp4::Scale& with) {
       __half2 sum = __float2half2_rn(0.0f);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum = nvfp4::add_error(pair[i], with.inverse, sum);
+      for (int i = 0; i < 8; ++i) sum = nvfp4::add_error(pair[i], with.inverse(), sum);
       return sum;
     };
     const nvfp4::Scale start = scales[first];
@@ -227,32 +243,45 @@ struct RowBlock {
   }
 };
 
-// The blocks of a piece in shared memory; `factor` is the inverse of the level, and a sign. store(row, block, RowBlock) gets
-// each.
-template <class T, int D, class Store>
-__device__ __forceinline__ void quantize_rows(const Shared<T, D>& shared, int piece, int real, float factor, Store store) {
+// A thread's blocks of a tile of Q or K: a row and the same channels of every 32nd row after it. Wherever the first one's
+// codes and scale go, the others' lie at equal distances from there (nvfp4_format.cuh).
+constexpr int kRowStep = 32;
+
+template <int D>
+struct FirstRow {
+  static constexpr int kBlocks = D / kBlock;
+  static_assert(2 * D / kBlocks == kRowStep);
+  int row = threadIdx.x / kBlocks, block = threadIdx.x % kBlocks;
+};
+
+// The blocks of a piece in shared memory; `factor` is the inverse of the level, and a sign. store(turn, RowBlock) gets that
+// of row + 32 * turn.
+template <class T, int D, class Real, class Store>
+__device__ __forceinline__ void quantize_rows(const Shared<T, D>& shared, int piece, Real real, float factor, Store store) {
   using L = Layout<T, D>;
-  constexpr int kBlocks = D / kBlock;
-  const int block = threadIdx.x % kBlocks;
-  float mean[kBlock];
+  constexpr int kPieceTurns = L::kPieceTokens / kRowStep;
+  const FirstRow<D> mine;
+  const int block = mine.block;
+  float below[kBlock];  // -mean * factor: a power of two, so one multiply-add rounds as the difference does
 #pragma unroll
   for (int c = 0; c < kBlock; c += 4) {
     const float4 four = *reinterpret_cast<const float4*>(shared.mean + block * kBlock + c);
-    mean[c] = four.x, mean[c + 1] = four.y, mean[c + 2] = four.z, mean[c + 3] = four.w;
+    below[c] = four.x * -factor, below[c + 1] = four.y * -factor;
+    below[c + 2] = four.z * -factor, below[c + 3] = four.w * -factor;
   }
 #pragma unroll 1
-  for (int row = threadIdx.x / kBlocks; row < L::kPieceTokens; row += L::kThreads / kBlocks) {
+  for (int turn = 0; turn < kPieceTurns; ++turn) {
+    const int row = mine.row + kRowStep * turn, of_tile = piece * kPieceTurns + turn;
     float x[kBlock];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Chunk<T> chunk = get<T, D>(shared, row, 2 * block + i);
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) x[i * kChunk + c] = (chunk[c] - mean[i * kChunk + c]) * factor;
+      for (int c = 0; c < kChunk; ++c) x[i * kChunk + c] = fmaf(chunk[c], factor, below[i * kChunk + c]);
     }
     RowBlock made(x, shared.scales);
-    const int of_tile = piece * L::kPieceTokens + row;
-    if (of_tile >= real) made.words[0] = made.words[1] = made.scale = 0;
-    store(of_tile, block, made);
+    if (!std::is_same_v<Real, Whole> && mine.row + kRowStep * of_tile >= real) made.words[0] = made.words[1] = made.scale = 0;
+    store(of_tile, made);
   }
 }
 
@@ -262,34 +291,39 @@ __device__ __forceinline__ void put_level(Shared<T, D>& shared, const Level& lev
   *reinterpret_cast<float4*>(shared.record + record - nvfp4::kLevelBytes) = make_float4(level.value, 0.0f, 0.0f, 0.0f);
 }
 
-template <class T, int D, bool kDense>
-__device__ __forceinline__ void quantize_keys(const Params& p, int batch, int head, int tile, Shared<T, D>& shared) {
+template <class T, int D, bool kDense, class Real>
+__device__ __forceinline__ void quantize_keys(const Params& p, int batch, int head, int tile, Real real, Shared<T, D>& shared) {
   using L = Layout<T, D>;
   const nvfp4::Shape& shape = p.call.shape;
   const int64_t bh = int64_t(batch) * shape.kv_heads + head;
   const HeadRows<T, kDense> rows(p.call.k, batch, head, shape.head_dim);
-  const int first = tile * kTile, real = min(shape.keys - first, kTile);
+  const int first = tile * kTile;
 
   Chunk<T> x[L::kTurns];
   fetch<T, D>(x, rows, first, real, 0);
   if (threadIdx.x < D) shared.mean[threadIdx.x] = p.part<const float>(p.at.k_mean)[bh * D + threadIdx.x];
   if constexpr (L::kPieces == 1) put<T, D>(x, shared);
-  const Extremes<T> extremes = extremes_of<T, D>(x, real);
-  __syncthreads();
-  const Level level(tile_max<T, D>(extremes, int(threadIdx.x) / L::kRowLanes < real, shared));
+  float mean[kChunk], most = thread_max<T, D>(x, real);  // and the mean's, for a tile may be all but zero
+  load_floats(mean, p.part<const float>(p.at.k_mean) + bh * D + threadIdx.x % L::kRowLanes * kChunk);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) most = max_nan(most, fabsf(mean[c]));
+  const Level level(tile_max<T, D>(most, shared));
   put_level<T, D>(shared, level, nvfp4::key_record(D));
+  const FirstRow<D> mine;
+  auto* const words = reinterpret_cast<uint32_t*>(shared.record) + nvfp4::key_code(mine.row, mine.block * kBlock, D) / 8;
+  unsigned char* const scales = shared.record + nvfp4::code_bytes(D) + nvfp4::key_scale(mine.row, mine.block);
 #pragma unroll 1
   for (int piece = 0; piece < L::kPieces; ++piece) {
     if constexpr (L::kPieces > 1) put_piece<T, D>(rows, first, real, piece, shared);
-    quantize_rows<T, D>(shared, piece, real, level.inverse, [&](int token, int block, const RowBlock& made) {
-      auto* const words = reinterpret_cast<uint32_t*>(shared.record) + nvfp4::key_code(token, block * kBlock, D) / 8;
-      words[0] = made.words[0];
-      words[nvfp4::key_code(0, 8, D) / 8] = made.words[1];  // always as far from the first
-      shared.record[nvfp4::code_bytes(D) + nvfp4::key_scale(token, block)] = made.scale;
+    quantize_rows<T, D>(shared, piece, real, level.inverse, [&](int turn, const RowBlock& made) {
+      uint32_t* const to = words + turn * (nvfp4::key_code(kRowStep, 0, D) / 8);
+      to[0] = made.words[0];
+      to[nvfp4::key_code(0, 8, D) / 8] = made.words[1];  // always as far from the first
+      scales[turn * nvfp4::key_scale(kRowStep, 0)] = made.scale;
     });
   }
   const int64_t at = bh * p.at.key_tiles + tile;
-  copy_out<T, D>(p.part<unsigned char>(p.at.keys) + at * nvfp4::key_record(D), shared, nvfp4::key_record(D));
+  copy_out<nvfp4::key_record(D)>(p.part<unsigned char>(p.at.keys) + at * nvfp4::key_record(D), shared);
 }
 
 // x[0] + x[1] + .., halves onto each other.
@@ -351,13 +385,13 @@ __device__ __forceinline__ void write_lse(const Params& p, const Chunk<T> (&x)[L
   }
 }
 
-template <class T, int D, bool kDense>
-__device__ __forceinline__ void quantize_queries(const Params& p, int batch, int head, int tile, Shared<T, D>& shared) {
+template <class T, int D, bool kDense, class Real>
+__device__ __forceinline__ void quantize_queries(const Params& p, int batch, int head, int tile, Real real, Shared<T, D>& shared) {
   using L = Layout<T, D>;
   const nvfp4::Shape& shape = p.call.shape;
   const int64_t bh = int64_t(batch) * shape.heads + head, at = bh * p.at.query_tiles + tile;
   const HeadRows<T, kDense> rows(p.call.q, batch, head, shape.head_dim);
-  const int first = tile * kTile, real = min(shape.queries - first, kTile);
+  const int first = tile * kTile;
 
   Chunk<T> x[L::kTurns];
   fetch<T, D>(x, rows, first, real, 0);
@@ -366,14 +400,17 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
     const int64_t kv = int64_t(batch) * shape.kv_heads + head / (shape.heads / shape.kv_heads);
     write_lse<T, D>(p, x, p.part<const float>(p.at.k_mean) + kv * D, p.call.lse + bh * shape.queries + first, real);
   }
-  const Extremes<T> extremes = extremes_of<T, D>(x, real);
+  const float most = thread_max<T, D>(x, real);
   average<T, D>(x, real, shared);
   if (threadIdx.x < D) p.part<float>(p.at.q_mean)[at * D + threadIdx.x] = shared.mean[threadIdx.x];
-  const Level level(tile_max<T, D>(extremes, int(threadIdx.x) / L::kRowLanes < real, shared));
+  const Level level(tile_max<T, D>(most, shared));
 
-  auto* const words = reinterpret_cast<uint32_t*>(shared.record);
+  const FirstRow<D> mine;
+  auto* const record = reinterpret_cast<uint32_t*>(shared.record);
+  uint32_t* const words = record + nvfp4::query_code(mine.row, mine.block * kBlock, D) / 8;
+  unsigned char* const scales = shared.record + nvfp4::code_bytes(D) + nvfp4::query_scale(mine.row, mine.block, D);
   if constexpr (D == 64) {  // half of these are nobody's
-    for (int i = threadIdx.x; i < nvfp4::query_scale_words(D); i += L::kThreads) words[nvfp4::code_bytes(D) / 4 + i] = 0;
+    for (int i = threadIdx.x; i < nvfp4::query_scale_words(D); i += L::kThreads) record[nvfp4::code_bytes(D) / 4 + i] = 0;
     __syncthreads();
   }
   put_level<T, D>(shared, level, nvfp4::query_record(D));
@@ -381,14 +418,14 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
   for (int piece = 0; piece < L::kPieces; ++piece) {
     if constexpr (L::kPieces > 1) put_piece<T, D>(rows, first, real, piece, shared);
     const float factor = copysignf(1.0f, p.call.scale) * level.inverse;
-    quantize_rows<T, D>(shared, piece, real, factor, [&](int row, int block, const RowBlock& made) {
-      uint32_t* const to = words + nvfp4::query_code(row, block * kBlock, D) / 8;
+    quantize_rows<T, D>(shared, piece, real, factor, [&](int turn, const RowBlock& made) {
+      uint32_t* const to = words + turn * (nvfp4::query_code(kRowStep, 0, D) / 8);
       to[0] = made.words[0];
       to[nvfp4::query_code(0, 8, D) / 8] = made.words[1];
-      shared.record[nvfp4::code_bytes(D) + nvfp4::query_scale(row, block, D)] = made.scale;
+      scales[turn * nvfp4::query_scale(kRowStep, 0, D)] = made.scale;
     });
   }
-  copy_out<T, D>(p.part<unsigned char>(p.at.queries) + at * nvfp4::query_record(D), shared, nvfp4::query_record(D));
+  copy_out<nvfp4::query_record(D)>(p.part<unsigned char>(p.at.queries) + at * nvfp4::query_record(D), shared);
 }
 
 // ------------------------------------------------------------------------------------------------- V
@@ -409,7 +446,7 @@ struct ColumnBlocks {
     }
 
     const auto judged = [&](__half2 (&sum)[2], const nvfp4::Scale (&with)[2]) {
-      const __half2 inverse = nvfp4::pair_of(with[0].inverse, with[1].inverse);
+      const __half2 inverse = nvfp4::pair_of(with[0].inverse(), with[1].inverse());
       sum[0] = sum[1] = __float2half2_rn(0.0f);
 #pragma unroll
       for (int t = 0; t < kBlock; ++t) sum[t / 4 % 2] = nvfp4::add_error(pair[t], inverse, sum[t / 4 % 2]);
@@ -450,6 +487,7 @@ __device__ __forceinline__ void load_pairs(float (&x)[kBlock][2], const Shared<T
                                            float factor) {
   constexpr int kRowBytes = D * int(sizeof(T));
   const float2 mean = *reinterpret_cast<const float2*>(shared.mean + channel);
+  const float below[2] = {mean.x * -factor, mean.y * -factor};
   const unsigned char* const from = shared.tokens + channel % kChunk * sizeof(T);
   const unsigned char* const rows[2] = {from + chunk_at<T, D>(row, channel / kChunk),  // even and odd ones
                                         from + chunk_at<T, D>(row + 1, channel / kChunk) - kRowBytes};
@@ -459,7 +497,7 @@ __device__ __forceinline__ void load_pairs(float (&x)[kBlock][2], const Shared<T
     Chunk<T> pair;  // of which two are read
     pair.word[0] = *reinterpret_cast<const uint32_t*>(at);
     if constexpr (sizeof(T) == 4) pair.word[1] = *reinterpret_cast<const uint32_t*>(at + 4);
-    x[t][0] = (pair[0] - mean.x) * factor, x[t][1] = (pair[1] - mean.y) * factor;
+    x[t][0] = fmaf(pair[0], factor, below[0]), x[t][1] = fmaf(pair[1], factor, below[1]);
   }
   if (real >= kBlock) return;
 #pragma unroll
@@ -468,13 +506,13 @@ __device__ __forceinline__ void load_pairs(float (&x)[kBlock][2], const Shared<T
   }
 }
 
-template <class T, int D, bool kDense>
-__device__ __forceinline__ void quantize_values(const Params& p, int batch, int head, int tile, Shared<T, D>& shared) {
+template <class T, int D, bool kDense, class Real>
+__device__ __forceinline__ void quantize_values(const Params& p, int batch, int head, int tile, Real real, Shared<T, D>& shared) {
   using L = Layout<T, D>;
   const nvfp4::Shape& shape = p.call.shape;
   const int64_t bh = int64_t(batch) * shape.kv_heads + head;
   const HeadRows<T, kDense> rows(p.call.v, batch, head, shape.head_dim);
-  const int first = tile * kTile, real = min(shape.keys - first, kTile);
+  const int first = tile * kTile;
   constexpr int kBlocks = L::kPieceTokens / kBlock;
 #pragma unroll 1
   for (int piece = 0; piece < L::kPieces; ++piece) {
@@ -483,7 +521,7 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
     if (piece > 0) __syncthreads();
     put<T, D>(x, shared);
     if (threadIdx.x < D) shared.mean[threadIdx.x] = p.part<const float>(p.at.v_mean)[bh * D + threadIdx.x];
-    const float factor = 1.0f / p.part<const float>(p.at.v_level)[bh];
+    const float factor = __int_as_float((254 << 23) - __float_as_int(p.part<const float>(p.at.v_level)[bh]));  // 1 / 2^n
     __syncthreads();
     // Lane: block of tokens * 4 + pair of a chunk column.
 #pragma unroll 1
@@ -504,7 +542,7 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
     }
   }
   const int64_t at = bh * p.at.key_tiles + tile;
-  copy_out<T, D>(p.part<unsigned char>(p.at.values) + at * nvfp4::value_record(D), shared, nvfp4::value_record(D));
+  copy_out<nvfp4::value_record(D)>(p.part<unsigned char>(p.at.values) + at * nvfp4::value_record(D), shared);
 }
 
 // 16-bit numbers: 1024 threads on a multiprocessor, of 64 registers; half as many where shared memory has room for no more.
@@ -517,6 +555,18 @@ constexpr int kNarrowThreads = 1024;
 template <class T, int D, bool kDense>
 constexpr int kThreadBlocks = kDense ? (sizeof(T) == 2 ? kNarrowThreads : 512) / Layout<T, D>::kThreads : 1;
 
+// run(how many of a tile's tokens there are): Whole for the tiles that most are.
+template <class T, int D, bool kDense, class Run>
+__device__ __forceinline__ void with_tokens(const nvfp4::Shape& shape, int left, Run run) {
+  if constexpr (kDense && sizeof(T) == 2) {
+    if (left >= kTile && shape.head_dim == D) return run(Whole());
+  }
+  run(min(left, kTile));
+}
+
+// Waits until the launch before this one is over, and sees what it wrote.
+__device__ __forceinline__ void await_statistics() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 template <class T, int D, bool kDense>
 __global__ void __launch_bounds__(Layout<T, D>::kThreads, kThreadBlocks<T, D, kDense>)
     fp4_quantize_tiles(const __grid_constant__ Params p) {
@@ -524,20 +574,24 @@ __global__ void __launch_bounds__(Layout<T, D>::kThreads, kThreadBlocks<T, D, kD
   auto& shared = *reinterpret_cast<Shared<T, D>*>(memory);
   shared.scales.fill(threadIdx.x, Layout<T, D>::kThreads);
   const nvfp4::Shape& shape = p.call.shape;
-  const unsigned key_tiles = p.at.key_tiles, query_tiles = p.at.query_tiles;
-  const unsigned key_items = 2 * key_tiles * (shape.batch * shape.kv_heads);
-  if (blockIdx.x < key_items) {  // the tiles of K and V take turns
-    const unsigned bh = blockIdx.x / 2 / key_tiles, tile = blockIdx.x / 2 - bh * key_tiles;
-    const unsigned batch = bh / shape.kv_heads, head = bh - batch * shape.kv_heads;
-    if (blockIdx.x % 2 == 0) {
-      quantize_keys<T, D, kDense>(p, batch, head, tile, shared);
-    } else {
-      quantize_values<T, D, kDense>(p, batch, head, tile, shared);
-    }
-  } else {
-    const unsigned item = blockIdx.x - key_items, bh = item / query_tiles, tile = item - bh * query_tiles;
-    const unsigned batch = bh / shape.heads, head = bh - batch * shape.heads;
-    quantize_queries<T, D, kDense>(p, batch, head, tile, shared);
+  unsigned tile, head;
+  if (blockIdx.x < p.at.jobs) {
+    if (p.call.lse != nullptr) await_statistics();
+    const unsigned batch = p.heads.divide(p.query_tiles.divide(blockIdx.x, tile), head);
+    with_tokens<T, D, kDense>(shape, shape.queries - static_cast<int>(tile) * kTile, [&](auto real) {
+      quantize_queries<T, D, kDense>(p, batch, head, tile, real, shared);
+    });
+  } else {  // the tiles of K and V take turns
+    await_statistics();
+    const unsigned item = blockIdx.x - static_cast<unsigned>(p.at.jobs);
+    const unsigned batch = p.kv_heads.divide(p.key_tiles.divide(item / 2, tile), head);
+    with_tokens<T, D, kDense>(shape, shape.keys - static_cast<int>(tile) * kTile, [&](auto real) {
+      if (item % 2 == 0) {
+        quantize_keys<T, D, kDense>(p, batch, head, tile, real, shared);
+      } else {
+        quantize_values<T, D, kDense>(p, batch, head, tile, real, shared);
+      }
+    });
   }
 }
 
@@ -590,6 +644,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, 1) fp4_statistics(const __
   const int row0 = threadIdx.x / kRowLanes, channel = threadIdx.x % kRowLanes * kChunk;
   const int samples = min(shape.keys, kSamples);
 
+  asm volatile("griddepcontrol.launch_dependents;");
   const Chunk<T> origin = rows.load(0, channel, true);
   double sum[kChunk] = {}, square[kChunk] = {};
 #pragma unroll 1
@@ -643,7 +698,8 @@ __global__ void __launch_bounds__(kStatisticsThreads, 1) fp4_statistics(const __
 template <class T, int D, bool kDense>
 cudaError_t launch(const Fp4Quantize& call, cudaStream_t stream) {
   const nvfp4::Shape& shape = call.shape;
-  const Params params{call, nvfp4::Workspace(shape)};
+  const nvfp4::Workspace at(shape);
+  const Params params{call, at, Divisor(at.key_tiles), Divisor(at.query_tiles), Divisor(shape.kv_heads), Divisor(shape.heads)};
   const int64_t kv_heads = int64_t(shape.batch) * shape.kv_heads;
   const int64_t items = params.at.jobs + 2 * kv_heads * params.at.key_tiles;
   if (items > INT_MAX) return cudaErrorInvalidValue;  // blocks of a grid
@@ -654,8 +710,13 @@ cudaError_t launch(const Fp4Quantize& call, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<T, D>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(items), Layout<T, D>::kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchAttribute under{};
+  under.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  under.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(items)), config.blockDim = dim3(Layout<T, D>::kThreads);
+  config.dynamicSmemBytes = kBytes, config.stream = stream, config.attrs = &under, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 template <class T, int D>

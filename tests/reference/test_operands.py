@@ -35,14 +35,24 @@ def e4m3(code):
     return Fraction(mantissa, 512) if exponent == 0 else Fraction(8 + mantissa, 8) * Fraction(2) ** (exponent - 7)
 
 
+def nearest_away(x, grid):
+    """The index of the nearest number of an ascending grid, of two as near the larger one's."""
+    return max(range(len(grid)), key=lambda i: (-abs(grid[i] - x), i))
+
+
+def fixed(x):
+    """x with the last bit that fp16 has for 2^-14 of it."""
+    return Fraction(float(np.float16(float(x) * 2.0**-14))) * 2**14
+
+
 def quantize_by_hand(block):
     """(scale code, codes) of sixteen finite floats, in exact arithmetic where the kernel rounds nothing."""
     halves = [np.float16(abs(x)) for x in block]
-    sixth = np.float32(np.abs(block).max()) * np.float32(1 / 6)
+    sixth = np.float32(max(halves)) * np.float32(1 / 6)
     first = nearest(Fraction(float(sixth)), [e4m3(c) for c in range(127)])
     grid = [*E2M1, Fraction(8), Fraction(12), Fraction(16), Fraction(24)]
     best = None
-    for step in (0, -1, 4, 5):
+    for step in (0, -1, 5):
         code = first + step
         if not 0 < code < 127:
             continue  # 0: no number to divide by
@@ -51,11 +61,11 @@ def quantize_by_hand(block):
         y = [Fraction(float(h * inverse)) for h in halves]
         sums = [Fraction(0), Fraction(0)]
         for i, number in enumerate(y):
-            off = grid[nearest(number, grid)] - number
+            off = Fraction(float(fp16(grid[nearest_away(fixed(number), grid)] - number)))
             sums[i // 4 % 2] = Fraction(float(fp16(sums[i // 4 % 2] + off * off)))
-        error = (np.float32(float(sums[0])) + np.float32(float(sums[1]))) * np.float32(float(scale * scale))
+        error = np.float32(float(fp16(sums[0] + sums[1]))) * np.float32(float(scale * scale))
         if (best is None and code == first) or (best is not None and error < best[0]):
-            best = error, code, [nearest(min(number, Fraction(6)), E2M1) for number in y]
+            best = error, code, [nearest_away(fixed(min(number, Fraction(6))), E2M1) for number in y]
     if best is None:
         return 0, [0] * 16
     return best[1], [code + 8 * bool(np.signbit(x)) for code, x in zip(best[2], block, strict=True)]
@@ -69,14 +79,14 @@ def test_the_choice_of_scales_is_that_of_a_replay_in_fractions(size):
         assert (scale, code) == quantize_by_hand(block)
 
 
-def test_four_tries_are_nearly_as_good_as_nine():
+def test_three_tries_are_nearly_as_good_as_nine():
     x = randn(2000, 16)
 
     def error(choice):
         return float((formats.round_blocks(x, -1, choice=choice) - x).norm() / x.norm())
 
     six, quick, search = error("six"), error("quick"), error("search")
-    assert search < quick < search + 0.15 * (six - search)
+    assert search < quick < search + 0.25 * (six - search)
 
 
 def test_quick_blocks_run_along_any_dimension_and_take_a_second_level():
@@ -122,7 +132,7 @@ def test_levels_are_powers_of_two_that_follow_the_tile(exponent):
     x = torch.zeros(1, 1, 256, 16)
     x[0, 0, 5, 3] = 1.5 * 2.0**exponent
     levels = operands.tile_levels(x)
-    assert levels.tolist() == [[[2.0 ** max(exponent - 10, -126), 1.0]]]
+    assert levels.tolist() == [[[2.0 ** max(exponent - 9, -126), 1.0]]]
     assert (1 / levels).isfinite().all()
 
 
@@ -167,7 +177,7 @@ def test_constants_leave_nothing():
     x = torch.full((1, 1, 700, 16), 1 / 3)
     for operand in made(x[:, :, :128], x, x):
         assert operand.codes.count_nonzero() == 0
-        assert (operand.levels == 1).all()
+        assert (torch.frexp(operand.levels).mantissa == 0.5).all()
 
 
 def test_what_is_not_finite_makes_scales_nan():

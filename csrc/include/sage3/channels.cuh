@@ -90,16 +90,28 @@ struct Extremes {
 // The largest magnitude of all channels of some chunks.
 template <class T>
 struct LargestMagnitude {
+  static constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
   uint32_t word = 0;
 
   __device__ __forceinline__ void add(const Chunk<T>& x) {
-    constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kWords; ++i) word = extreme<T, true>(word, x.word[i] & kMagnitude);
+    for (int i = 0; i < Chunk<T>::kWords; ++i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860  // signs are free: the last one is of no number, and taken away
+      if constexpr (std::is_same_v<T, __half>) {
+        asm("max.NaN.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(word) : "r"(x.word[i]));
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(x.word[i]));
+      } else {
+        asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+r"(word) : "r"(x.word[i]));
+      }
+#else
+      word = extreme<T, true>(word, x.word[i] & kMagnitude);
+#endif
+    }
   }
 
   __device__ __forceinline__ float value() const {
-    const Chunk<T> both{{word}};
+    const Chunk<T> both{{word & kMagnitude}};
     return sizeof(T) == 4 ? both[0] : max_nan(both[0], both[1]);
   }
 };
@@ -117,6 +129,18 @@ struct HeadRows {
         token_bytes(x.stride[2] * sizeof(T)),
         channel_bytes(x.stride[3] * sizeof(T)),
         head_dim(head_dim_) {}
+
+  // Every kStep-th token from `token` on, all of which are there, and so are these channels.
+  template <int kStep, int kCount>
+  __device__ __forceinline__ void load_every(Chunk<T> (&x)[kCount], int token, int channel) const {
+    static_assert(kDense && sizeof(T) == 2);
+    const char* at = data + int64_t(token) * token_bytes + channel * int(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, at += int64_t(kStep) * token_bytes) {
+      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(at));
+      x[i].word[0] = four.x, x[i].word[1] = four.y, x[i].word[2] = four.z, x[i].word[3] = four.w;
+    }
+  }
 
   // Channels past the end are zeros, and so is a token that is not there; nothing is read then.
   __device__ __forceinline__ Chunk<T> load(int token, int channel, bool there) const {
