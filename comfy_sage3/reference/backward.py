@@ -1,18 +1,21 @@
-"""The gradient of 8-bit attention: arXiv 2505.11594 algorithm 3, and the form of it that the compiled kernel computes.
+"""The gradient of 8-bit attention: arXiv 2505.11594 algorithm 3, and two forms of it that kernels here compute.
 
 The paper's ("block" scales): every product in INT8 but dO V^T, psi(X) with one scale for a block of X.
 
-The kernel's ("row" scales) differs where a scale for a block costs accuracy or what is saved would cost memory:
+Ours differ where a scale for a block costs accuracy or what is saved would cost memory. Both start from the codes of the
+forward pass, V's too, and from its output in 8 bits, one scale a token: the gradient of the function that was computed, and
+half the memory. delta = rowsum(dO O) then matches dO V^T. And both take dQ = dS K in bf16, like dP. In dV and dK,
 
-* everything starts from the codes of the forward pass, V's too, and from its output in 8 bits, one scale a token: the
-  gradient of the function that was computed, and half the memory. delta = rowsum(dO O) then matches dO V^T.
-* P and dS are quantised with one scale for a key and 64 queries: a row of the tiles of P^T and dS^T that dV and dK contract.
-* Q and dO in dK and dV: one scale for 64 queries by 32 channels.
-* dQ = dS K in bf16, like dP.
+* "row" scales (the Triton kernels): INT8. P and dS have one scale for a key and 64 queries, a row of the tiles of P^T and
+  dS^T that are contracted; Q and dO one for 64 queries by 32 channels.
+* "query" scales (the kernel for Hopper, csrc/include/sage3/backward_format.cuh): e4m3, sums in fp32 from the first query to
+  the last. A query has one power of two, a <= max|dO| < 2 a, that both operands hold: P a and dO / a. A tile of 64 queries
+  has another, its gain, which keeps P a below 256 and not far below, and follows the tiles before it (``_Gains``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,7 +33,9 @@ from .formats import (
     pad_to,
     quantize_int8,
     round_e4m3,
+    round_float_,
     round_int8_channels,
+    round_magnitude_,
 )
 from .forward import Int8Options, by_kv_head, mean_scores, round_tokens, softmax_scale
 from .tiles import Plan, Shape, finite, hide_, pair_ranges, row_ranges
@@ -86,12 +91,18 @@ def int8_attention_backward(
     # The scores repeat the forward pass. Where tokens are summed over, only a scale per block can leave the product.
     q_scores, q_block = (by_kv_head(x, shape) for x in (psi(q32, "q", options.granularity), psi(q32, "q")))
     k_scores, k_block = (pad_to(x, -2, K_BLOCK) for x in (psi(k32, "k", options.granularity), psi(k32, "k")))
-    row_scales = options.gradient_scales == "row" and options.quantize
-    if row_scales:
-        do_dp, v_dp = _bf16(do32), _bf16(pad_to(_forward_values(v32, options), -2, K_BLOCK))
-        do_block, q_block, k_block = _psi_groups(do_dp), _psi_groups(q_scores.flatten(1, 2)), _bf16(k_scores)
-        q_block = by_kv_head(q_block, shape)
+    row_scales, query_scales = (options.gradient_scales == form and options.quantize for form in ("row", "query"))
+    units = None
+    if row_scales or query_scales:
+        do_dp, v_dp, k_block = _bf16(do32), _bf16(_forward_values(v32, options)), _bf16(k_scores)
         delta = (do_dp * quantize_int8(out, "token", "q").dequantize()).sum(-1)
+        if query_scales:
+            units = _Units.of(do_dp, q_scores.flatten(1, 2), v_dp, shape)
+            do_dp, delta = do_dp / units.a.unsqueeze(-1), delta / units.a * units.value.repeat_interleave(shape.groups, 1)
+            do_block, q_block, v_dp = units.dout, units.q, v_dp * units.value.unsqueeze(-1)
+        else:
+            do_block, q_block = _psi_groups(do_dp), _psi_groups(q_scores.flatten(1, 2))
+        q_block, v_dp = by_kv_head(q_block, shape), pad_to(v_dp, -2, K_BLOCK)
     else:
         do_block = psi(do32, "q")
         do_dp, v_dp = (do_block, psi(v32, "k")) if options.do_v == "int8" else (do32, v32)
@@ -105,6 +116,7 @@ def int8_attention_backward(
         keys, keys_block, values = (x[bs, hs].flatten(0, 1) for x in (k_scores, k_block, v_dp))
         n = keys.shape[0]
         dk_acc, dv_acc = torch.zeros_like(keys), torch.zeros_like(keys)
+        gains = _Gains(units, bs, hs, shape) if units is not None else None
         for r0, r1 in row_ranges(shape.q_tokens, plan.rows):
             width = g * (r1 - r0)
             rows, rows_block, do_rows, do_rows_block = (
@@ -113,22 +125,27 @@ def int8_attention_backward(
             row_lse, row_delta = (x[bs, hs, :, r0:r1].reshape(n, 1, width) for x in (lse32, delta))
             dq_acc = torch.zeros_like(rows)
             padded = keys.shape[1]
-            for c0 in range(0, min(padded, r1) if is_causal else padded, plan.keys):
-                c1 = min(c0 + plan.keys, padded)
-                if is_causal:
-                    c1 = min(c1, -(-r1 // K_BLOCK) * K_BLOCK)
-                p = torch.bmm(keys[:, c0:c1], rows.transpose(1, 2)).mul_(scale)  # P^T: (n, c, rows)
-                limit = min(c1, shape.k_tokens)
-                piece = None if full_mask is None else full_mask[bs, hs, :, r0:r1, c0:limit]
-                grid = p.view(n, c1 - c0, g, r1 - r0)
-                hide_(grid, piece, rows=(r0, r1), keys=(c0, c1), limit=limit, causal=is_causal)
-                p.sub_(row_lse).exp_()
+            seen = min(padded, -(-r1 // K_BLOCK) * K_BLOCK) if is_causal else padded
+            ranges = [(c0, min(c0 + plan.keys, seen)) for c0 in range(0, seen, plan.keys)]
+            tile = _Tile(shape, scale, is_causal, (r0, r1), rows, row_lse, None if full_mask is None else full_mask[bs, hs])
+            held = tile.weights(keys, *ranges[0]) if len(ranges) == 1 else None
+            if gains is not None:  # the kernel of the forward pass says what the largest weights were
+                peak = torch.stack([(tile.weights(keys, *r) if held is None else held).amax(1) for r in ranges]).amax(0)
+                row_unit, gain = gains.step(peak.view(n, g, r1 - r0), r0, r1)
+                do_rows_block, rows_block = do_rows_block * gain, rows_block * gain / gains.value
+            for c0, c1 in ranges:
+                p = tile.weights(keys, c0, c1) if held is None else held
+                if gains is not None:
+                    p.mul_(row_unit)
                 ds = torch.bmm(values[:, c0:c1], do_rows.transpose(1, 2)).sub_(row_delta).mul_(p)
                 if options.key_mean_term and options.smooth_k:
                     means = mean_k[bs, hs].flatten(0, 1)
                     dq_acc += ds.sum(1).unsqueeze(-1) * means
                 ds_keys = ds  # as dK and dQ take it
-                if row_scales:
+                if gains is not None:
+                    ds_keys, ds = _round_e4m3_(ds.clone()), _bf16(ds)
+                    p = round_magnitude_(p.clamp_(max=E4M3_MAX), torch.empty_like(p), mantissa_bits=3, min_exponent=-6)
+                elif row_scales:
                     ds_keys, ds = _psi_rows(ds, g, INT8_MAX), _bf16(ds)
                     p = _psi_rows(p, g, UINT8_MAX)
                 elif options.quantize:
@@ -137,14 +154,37 @@ def int8_attention_backward(
                 dv_acc[:, c0:c1].baddbmm_(p, do_rows_block)
                 dk_acc[:, c0:c1].baddbmm_(ds_keys, rows_block)
                 dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
+            if gains is not None:
+                dq_acc *= gain / gains.value
             b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
-            dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(
-                b_count, h_count, g, r1 - r0, d
-            )
+            dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(b_count, h_count, g, r1 - r0, d)
         b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
         dk[bs, hs] = dk_acc.mul_(scale)[:, : shape.k_tokens].view(b_count, h_count, -1, d)
         dv[bs, hs] = dv_acc[:, : shape.k_tokens].view(b_count, h_count, -1, d)
     return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of some heads of Q, (n, G * (r1 - r0), D), that are multiplied with all keys; mask (b, h, G, Lq, Lk)."""
+
+    shape: Shape
+    scale: float
+    causal: bool
+    range: tuple[int, int]
+    rows: Tensor
+    lse: Tensor
+    mask: Tensor | None
+
+    def weights(self, keys: Tensor, c0: int, c1: int) -> Tensor:
+        """P^T of keys c0 to c1, (n, c1 - c0, G * (r1 - r0)); keys (n, Lk padded, D)."""
+        r0, r1 = self.range
+        limit = min(c1, self.shape.k_tokens)
+        p = torch.bmm(keys[:, c0:c1], self.rows.transpose(1, 2)).mul_(self.scale)
+        piece = None if self.mask is None else self.mask[:, :, :, r0:r1, c0:limit]
+        grid = p.view(p.shape[0], c1 - c0, self.shape.groups, r1 - r0)
+        hide_(grid, piece, rows=self.range, keys=(c0, c1), limit=limit, causal=self.causal)
+        return p.sub_(self.lse).exp_()
 
 
 def _psi_tiles_(x: Tensor, groups: int, fp8: bool = False) -> None:
@@ -192,3 +232,81 @@ def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
     rows = width // groups
     tiles = pad_to(x.view(n, c, groups, rows), -1, GRADIENT_ROWS).unflatten(-1, (-1, GRADIENT_ROWS))
     return _quantized(tiles, (-1,), top).flatten(-2)[..., :rows].reshape(n, c, width)
+
+
+# ---------------------------------------------------------------------------------------- "query" scales
+_KEPT_OCTAVES = 3  # that a tile's gain may be above what it would be by itself
+_LEAST_WEIGHT = 2.0**-115  # below, a tile's gradients count for nothing
+
+
+def _power_below(x: Tensor) -> Tensor:
+    """The power of two at magnitudes x, from 2^-126 to 2^126; 1 for what is no number."""
+    exponent = (torch.frexp(x).exponent - 1).masked_fill(x == 0, -126).clamp(-126, 126)
+    power = ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
+    return torch.where(x < torch.inf, power, torch.ones_like(power))
+
+
+def _round_e4m3_(x: Tensor) -> Tensor:
+    """``round_e4m3`` in place, of a contiguous tensor; the sign of zero is not kept."""
+    return round_float_(x.clamp_(-E4M3_MAX, E4M3_MAX), torch.empty_like(x), mantissa_bits=3, min_exponent=-6)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is known before the products begin.
+
+    a (B, H, Lq): a <= max|dO| < 2 a. dout (B, H, Lq, D): dO / a in steps of e4m3 of 128 times that. q (B, H, Lq, D): Q in
+    steps of e4m3 as its largest magnitude in a kv head is 128 to 256. value (B, Hkv, 1): V times it makes 256 (dP - delta)
+    of normal inputs about 60; beyond 448 it is limited.
+    """
+
+    a: Tensor
+    dout: Tensor
+    q: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, dout: Tensor, q: Tensor, v: Tensor, shape: Shape) -> _Units:
+        """dout and q (B, H, Lq, D), v (B, Hkv, Lk, D)."""
+        a = _power_below(dout.abs().amax(-1))
+        dout8 = _round_e4m3_(dout / a.unsqueeze(-1) * 128.0).div_(128.0)
+        level = _power_below(by_kv_head(q, shape).abs().amax((2, 3, 4))).div_(128.0).repeat_interleave(shape.groups, 1)
+        level = level.clamp_min_(2.0**-126)[..., None, None]
+        off = (v - smoothing.token_mean(v)).abs().amax(-2)  # (B, Hkv, D)
+        unit = _power_below(off.amax(-1, keepdim=True))
+        bound = (off / unit).square_().sum(-1, keepdim=True).mul_(v.shape[-1]).sqrt_() / 32.0
+        value = 0.5 / _power_below((unit * bound).clamp_min_(2.0**-100))
+        value = torch.where(off.amax(-1, keepdim=True) > 0, value, torch.ones_like(value))
+        return cls(a, dout8, _round_e4m3_(q / level).mul_(level), value)
+
+
+class _Gains:
+    """The gains of the tiles of 64 queries of some heads, one range of rows after the other.
+
+    A tile's own would be the power of two that has the largest P a between 32 and 64, as the kernel knows weights no better
+    than within a factor of 4. Where it is less than four octaves below the last tile's, and where there is no gradient, that
+    one stands: the kernel has to multiply its sums where it changes.
+    """
+
+    def __init__(self, units: _Units, batch: slice, heads: slice, shape: Shape) -> None:
+        self.a = units.a.unflatten(1, (shape.kv_heads, shape.groups))[batch, heads].flatten(0, 1)  # (n, g, Lq)
+        self.value = units.value[batch, heads].flatten(0, 1).unsqueeze(-1)  # (n, 1, 1)
+        self.last = torch.full_like(self.a[..., 0], -torch.inf)  # exponents
+
+    def step(self, peak: Tensor, r0: int, r1: int) -> tuple[Tensor, Tensor]:
+        """For the largest weights (n, g, r1 - r0) of these rows: a / gain (n, 1, g * rows) and gain (n, g * rows, 1).
+
+        Only in fp32 is a gain 2^80 below the largest of its kv head another than the kernel's, which stops there.
+        """
+        a = self.a[..., r0:r1]
+        weight = pad_to(peak * a, -1, GRADIENT_ROWS).unflatten(-1, (-1, GRADIENT_ROWS))
+        largest = weight.masked_fill(~(weight < torch.inf), 0.0).amax(-1)  # (n, g, tiles)
+        own = (torch.frexp(largest).exponent - 6).float()
+        found = []
+        for i in range(largest.shape[-1]):
+            keep = (own[..., i] <= self.last) & (own[..., i] >= self.last - _KEPT_OCTAVES)
+            self.last = torch.where(keep | (largest[..., i] < _LEAST_WEIGHT), self.last, own[..., i])
+            found.append(self.last)
+        exponent = torch.stack(found, -1).nan_to_num_(neginf=0.0).repeat_interleave(GRADIENT_ROWS, -1)[..., : r1 - r0]
+        gain = _power_below(torch.ldexp(torch.ones_like(a), exponent))
+        return (a / gain).flatten(1).unsqueeze(1), gain.flatten(1).unsqueeze(-1)

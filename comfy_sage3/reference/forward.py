@@ -116,7 +116,8 @@ class Int8Options:
         kv_tile: keys in a tile of the online softmax; a multiple of 32.
         do_v: backward only. The product dO V^T: "high" (not quantised) or "int8", for comparison.
         gradient_scales: backward only. "block": one scale for 64 keys by 128 queries of P and of dS, and for a block of
-            every other operand, as in the paper; or "row": as the compiled kernel computes, see ``backward``.
+            every other operand, as in the paper; "query": e4m3, as the compiled kernel computes; or "row": INT8 with a scale
+            for a key and 64 queries. See ``backward``.
         products: what the operands of the scores and of dV, dK and dQ are rounded to: "int8", or "fp8" (e4m3 with a scale
             for the same group), for comparison. Needs gradient_scales "block".
         key_mean_term: backward only. Add rowsum(dS) . mean(K) to dQ, as the first paper does (see docs/numerics.md).
@@ -129,7 +130,7 @@ class Int8Options:
     granularity: Granularity = "thread"
     kv_tile: int = 128
     do_v: Literal["high", "int8"] = "high"
-    gradient_scales: Literal["block", "row"] = "block"
+    gradient_scales: Literal["block", "row", "query"] = "block"
     products: Literal["int8", "fp8"] = "int8"
     key_mean_term: bool = False
     quantize: bool = True
@@ -141,12 +142,12 @@ class Int8Options:
             raise InputError('exponential is "linear": that needs pv "int8".')
         _one_of("granularity", self.granularity, ("block", "token", "thread"))
         _one_of("do_v", self.do_v, ("high", "int8"))
-        _one_of("gradient_scales", self.gradient_scales, ("block", "row"))
+        _one_of("gradient_scales", self.gradient_scales, ("block", "row", "query"))
         _one_of("products", self.products, ("int8", "fp8"))
-        if self.gradient_scales == "row" and self.do_v == "int8":
-            raise InputError('gradient_scales is "row": that needs do_v "high".')
-        if self.gradient_scales == "row" and self.products == "fp8":
-            raise InputError('gradient_scales is "row": that needs products "int8".')
+        if self.gradient_scales != "block" and self.do_v == "int8":
+            raise InputError(f'gradient_scales is "{self.gradient_scales}": that needs do_v "high".')
+        if self.gradient_scales != "block" and self.products == "fp8":
+            raise InputError(f'gradient_scales is "{self.gradient_scales}": that needs products "int8".')
         _check_tile(self.kv_tile)
 
 
@@ -162,7 +163,7 @@ def _check_tile(kv_tile: int) -> None:
 
 # What runs as "fp4", "int8" and "int8-fast": as the compiled kernels compute, or will.
 OUR_FP4 = Fp4Options(smooth_v=True, block_scale="quick", kernel_operands=True, p_reference="lazy")
-OUR_INT8 = Int8Options(pv="int8", gradient_scales="row")
+OUR_INT8 = Int8Options(pv="int8", gradient_scales="query")
 OUR_INT8_FAST = Int8Options(pv="int8", exponential="linear")
 
 

@@ -20,6 +20,7 @@ from ..training_cases import exact
 
 TILES = triton_training.Tiles(64, 64, 4, 2)
 CONFIG = triton_training.Config(TILES, TILES, TILES)
+OPTIONS = dataclasses.replace(reference.OUR_INT8, gradient_scales="row")  # INT8 with scales like these kernels'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,9 @@ def run(case: Case) -> dict[str, Any]:
     dead = want_lse == -math.inf
     wide = [x.float() for x in (q, k, v)]
     full = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
-    same = reference.int8_attention(*wide, mask=full, is_causal=c.causal, scale=scale, options=reference.OUR_INT8)
+    same = reference.int8_attention(*wide, mask=full, is_causal=c.causal, scale=scale, options=OPTIONS)
     theirs = reference.int8_attention_backward(
-        dout.float(), *wide, *same, mask=full, is_causal=c.causal, scale=scale, options=reference.OUR_INT8
+        dout.float(), *wide, *same, mask=full, is_causal=c.causal, scale=scale, options=OPTIONS
     )
     names = ("out", "dq", "dk", "dv")
     return {

@@ -25,9 +25,14 @@ def test_the_bars_on_normal_inputs(rows, name, bar):
     assert rows[f"{name}, ours"].cosine >= bar
 
 
-@pytest.mark.parametrize("name", ["dQ", "dK", "dV"])
-def test_a_scale_for_a_row_leaves_less_than_half_the_error_of_one_for_a_block(rows, name):
-    assert rows[f"{name}, ours"].relative_l1 < 0.5 * rows[f"{name}, paper (P V in INT8)"].relative_l1
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.5), ("dK", 0.75), ("dV", 0.9)])
+def test_a_scale_for_a_query_leaves_less_error_than_one_for_a_block(rows, name, at_most):
+    assert rows[f"{name}, ours"].relative_l1 < at_most * rows[f"{name}, paper (P V in INT8)"].relative_l1
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 1.01), ("dK", 0.6), ("dV", 0.4)])
+def test_int8_with_a_scale_for_a_row_leaves_less_yet(rows, name, at_most):
+    assert rows[f"{name}, INT8, a scale a row"].relative_l1 < at_most * rows[f"{name}, ours"].relative_l1
 
 
 @pytest.mark.parametrize("name", ["dQ", "dK"])
@@ -42,10 +47,10 @@ def test_dout_v_in_8_bits_is_worse(rows, name):
     assert rows[f"{name}, paper, dO V^T in INT8"].relative_l1 > rows[f"{name}, paper (P V in INT8)"].relative_l1
 
 
-@pytest.mark.parametrize("name", ["dQ", "dK", "dV"])
-def test_ours_is_less_than_half_as_far_off_as_fp8_which_is_no_better_than_int8_in_all(rows, name):
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.5), ("dK", 0.8), ("dV", 0.8)])
+def test_ours_is_nearer_than_the_papers_scales_in_fp8_which_are_no_better_than_in_int8_in_all(rows, name, at_most):
     ours, int8, fp8 = (rows[f"{name}, {method}"] for method in ("ours", "paper (P V in FP8)", "paper, FP8 for INT8"))
-    assert ours.relative_l1 < 0.5 * fp8.relative_l1
+    assert ours.relative_l1 < at_most * fp8.relative_l1
     assert fp8.relative_l1 == pytest.approx(int8.relative_l1, rel=0.15)  # the paper's inputs have FP8 far behind
 
 
@@ -60,10 +65,11 @@ def test_the_documented_sweep_is_nowhere_below_the_follow_ups():
         assert float(ours) >= theirs, sigma
 
 
-def test_unquantised_it_is_the_exact_gradient():
-    """The algebra of the row form is that of the block form, which is checked against autograd."""
+@pytest.mark.parametrize("form", ["row", "query"])
+def test_unquantised_it_is_the_exact_gradient(form):
+    """The algebra of our forms is that of the block form, which is checked against autograd."""
     x = training_numerics.inputs(0, 200)
-    options = Int8Options(pv="int8", gradient_scales="row", quantize=False)
+    options = Int8Options(pv="int8", gradient_scales=form, quantize=False)
     for got, want in zip(training_numerics.computed(x, options), training_numerics.exact(*x), strict=True):
         torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=1e-5)
 
