@@ -80,11 +80,13 @@ def test_the_gradient_of_any_call_is_near_the_exact_one(situation):
         dout.double().norm(dim=-1).amax() * rows**0.5,
     )
     for name, like, a, e, bound in zip(("dq", "dk", "dv"), tensors, got, want, most, strict=True):
+        # Both operands of dK and dV have e4m3's four digits, a sixteenth at worst; of a query or two no error averages out.
+        off, least = (0.02, 0.995) if name == "dq" else (0.07, 0.97)
         assert (a.shape, a.dtype) == (like.shape, like.dtype), name
         assert a.isfinite().all(), name
-        assert (a.double() - e).norm(dim=-1).amax() < 0.02 * bound, name
+        assert (a.double() - e).norm(dim=-1).amax() < off * bound, name
         if e.norm(dim=-1).amax() > 0.05 * bound:  # large enough to have a direction
-            assert cosine(a, e) > 0.995, name
+            assert cosine(a, e) > least, name
 
 
 # ---- many steps
