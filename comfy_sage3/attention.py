@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import COMPILED, Call, Decision, choose
-from .kernels import exact, freeing, ops, training
+from .kernels import exact, freeing, ops, training, triton_training
 from .kernels.devices import capability_of
 from .precision import Precision
 from .report import Report, note_of, process_report
@@ -19,7 +19,7 @@ _EMULATED = {
     "int8-emulated": ops.int8_attention,
     "int8-fast-emulated": ops.int8_fast_attention,
 }
-TRAINED = {"int8-sm90": training.attend}
+TRAINED = {"int8-sm90": training.attend, "int8-triton": triton_training.attend}
 """What a kernel runs where gradients are needed, and always where it has no other op: an op that takes and gives what
 ``training.attend`` does."""
 
@@ -89,9 +89,8 @@ def attention(
             emulated, or exact attention for few keys). A call that cannot be served falls back fp4 -> int8 -> exact;
             the report says why. int8-fast reads exponentials off the bits of a number, within 6 % each: on Hopper it
             is faster than int8 at 1.6 times its error, elsewhere int8 runs instead. int8 has compiled kernels for
-            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), the Hopper
-            one with gradients in 8 bits; they are built on first use, which can take minutes. fp4 has one for Blackwell
-            (sm_120, sm_121), checked by emulation and not yet run on such a GPU.
+            NVIDIA GPUs from Turing on (wgmma on Hopper, mma.sync on the others), built on first use, which can take
+            minutes. fp4 has one for Blackwell (sm_120, sm_121), checked by emulation and not yet run on such a GPU.
         return_lse: also return the natural log-sum-exp of each row's scores.
         emulate: run a wished precision that has no kernel here in plain PyTorch: true to its quality, slow.
         report: where the call is counted; None means ``report.process_report``. Under ``torch.compile``
@@ -101,8 +100,9 @@ def attention(
         out, in q's layout and dtype (under autocast its dtype), fresh memory; with ``return_lse`` also
         lse, float32 (B, H, Lq), -inf for rows that attend nothing. A compiled kernel's out lies in memory as
         ``torch.empty_like(q)`` does (contiguous, where q's channels are not dense). Where q, k or v require grad,
-        int8 gives gradients in 8 bits on Hopper (head_dim up to 128) and emulated; fp4 and int8-fast run as int8, "auto"
-        and what has no such kernel as exact. Deterministic under ``torch.use_deterministic_algorithms``. A mask that
+        int8 gives gradients in 8 bits: on Hopper up to a head_dim of 128 by a CUDA kernel; above that, and on other GPUs
+        from Ampere on (not sm_100 and sm_103), where Triton is installed; and emulated. fp4 and int8-fast run as int8,
+        "auto" and what has no such kernel as exact. Deterministic under ``torch.use_deterministic_algorithms``. A mask that
         requires grad gets its gradient from exact attention. See ``comfy_sage3.training``.
 
     Raises:

@@ -1,6 +1,7 @@
 """The decision: which kernel serves a call, and why. ``decide`` is pure: data in, data out; no device is asked.
 
-``choose`` decides and, where the choice is a compiled kernel, asks whether the library is there, which builds it.
+``choose`` decides and, where the choice is a compiled kernel, asks whether the library is there, which builds it; where it
+is one of Triton's, whether that is there.
 A wish is tried from the lowest precision up: fp4 or int8-fast -> int8 -> exact. Gradients in 8 bits are for who asks for
 int8 by name or falls back to it: what training makes of them is not for "auto" to decide. The reason is one short sentence
 that a person reads in the report, so it always says what was missing and what there was instead.
@@ -14,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import compiled, devices
+from .kernels import compiled, devices, triton_training
 from .kernels.devices import DTYPE_NAMES, EXACT, FP4_BUILT_FOR_HOPPER, HARDWARE, KERNELS, Capability, Kernel
 from .precision import Precision
 
 COMPILED = {row.name: row.compiled for row in (FP4_BUILT_FOR_HOPPER, *KERNELS) if row.compiled is not None}
+TRITON = {row.name for row in KERNELS if row.triton}
 CHAIN = {
     "auto": ("fp4", "int8"),
     "fp4": ("fp4", "int8"),
@@ -46,6 +48,7 @@ class Call:
     mask_needs_grad: bool = False
     v_head_dim: int | None = None  # None: the same as q's
     build_failure: str | None = None  # why there are no compiled kernels; None: there are, or nobody has asked yet
+    triton_failure: str | None = None  # the same of Triton's kernels
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ class Decision:
 
 
 class Obstacle(NamedTuple):
-    """Why a kernel cannot serve a call: what it needs, and what there is."""
+    """Why a kernel cannot serve a call: what it needs, and what there is; whether that can be installed."""
 
     needs: str
     have: str
+    can_be_installed: bool = False
 
 
 def obstacle(kernel: Kernel, call: Call) -> Obstacle | None:
@@ -73,6 +77,8 @@ def obstacle(kernel: Kernel, call: Call) -> Obstacle | None:
         return Obstacle(f"a GPU of {names}", _device(call))
     if kernel.precision == "exact":
         return None
+    if kernel.training_only and not call.needs_grad:
+        return Obstacle("inputs that require grad (training only)", "these do not")
     if call.needs_grad and not kernel.trainable:
         return Obstacle("inputs that do not require grad (inference only)", "these do")
     if call.mask_needs_grad:
@@ -89,7 +95,9 @@ def obstacle(kernel: Kernel, call: Call) -> Obstacle | None:
     if 0 in call.q_shape or 0 in call.k_shape:
         return Obstacle("at least one query and one key", "this call is empty")
     if kernel.compiled is not None and call.build_failure is not None:  # last: only a call that could run asks for it
-        return Obstacle("compiled kernels", call.build_failure)
+        return Obstacle("compiled kernels", call.build_failure, True)
+    if kernel.triton and call.triton_failure is not None:
+        return Obstacle("Triton for its gradient", call.triton_failure, True)
     return None
 
 
@@ -117,10 +125,10 @@ def decide(
             if faster is not None:
                 too_short = faster
                 continue  # the next precision may pay earlier
-            how = f"runs on {_device(call, bare=True)}"
+            how = f"runs on {_device(call, bare=True)}{' in Triton' if found.triton else ''}"
             if found.emulated:
                 how = EMULATED if found.compiled is None else EMULATED_BUILT
-            if found.emulated and call.build_failure is not None:
+            if found.compiled is None and call.build_failure is not None:
                 how += f"; there are no compiled kernels: {call.build_failure}"
             if missing and wished != "auto":
                 return Decision(found.name, f"{_sentence(missing)}; {step} instead, {how}", True)
@@ -145,7 +153,12 @@ def choose(call: Call, precision: str | Precision, *, emulate: bool = False) -> 
     if decision.kernel in COMPILED and call.capability is not None:
         failure = compiled.failure(call.capability)
         if failure is not None:
-            decision = decide(replace(call, build_failure=failure), precision, emulate=emulate, kernels=kernels)
+            call = replace(call, build_failure=failure)
+            decision = decide(call, precision, emulate=emulate, kernels=kernels)
+    if decision.kernel in TRITON:
+        absent = triton_training.absent()
+        if absent is not None:
+            decision = decide(replace(call, triton_failure=absent), precision, emulate=emulate, kernels=kernels)
     return decision
 
 
@@ -166,10 +179,13 @@ def _serve(precision: str, call: Call, emulate: bool, kernels: Sequence[Kernel])
             continue
         if kernel.capabilities and call.capability not in kernel.capabilities:
             continue  # another GPU's kernel: the hardware sentence below says it better
+        if kernel.training_only and not call.needs_grad:
+            continue  # in no reason either: who infers need not know of it
         here = obstacle(kernel, call)
         if here is None:
             return kernel
-        why = why or here  # of the first kernel, which is the best
+        if why is None or here.can_be_installed > why.can_be_installed:
+            why = here  # of the first kernel, which is the best; what can be installed is said before what must be so
     if why is not None:
         return why
     hardware = HARDWARE[precision]

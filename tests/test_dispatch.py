@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from comfy_sage3.attention import TRAINED
 from comfy_sage3.dispatch import Call, choose, decide, obstacle
 from comfy_sage3.errors import InputError
-from comfy_sage3.kernels import build, compiled, devices
+from comfy_sage3.kernels import build, compiled, devices, triton_training
 from comfy_sage3.kernels.devices import EXACT, FP4_BUILT_FOR_HOPPER, KERNELS, Kernel, capability_of
 from comfy_sage3.kernels.sources import EMULATED, SOURCES, TARGETS
 from comfy_sage3.precision import Precision
@@ -178,7 +178,11 @@ def test_a_library_that_could_not_be_built_is_said_in_the_reason(capability, pre
     assert (decision.kernel, decision.reason) == (kernel, reason)
 
 
-@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != (9, 0)])
+WITH_TRITON = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (12, 0), (12, 1)]
+NO_TRITON = "Triton is not installed"
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c not in WITH_TRITON])
 @pytest.mark.parametrize("precision", ["fp4", "int8", "int8-fast"])
 def test_where_no_kernel_gives_gradients_training_is_exact_or_emulated(capability, precision):
     call = gpu(capability, needs_grad=True)
@@ -199,15 +203,21 @@ def test_where_no_kernel_gives_gradients_training_is_exact_or_emulated(capabilit
         ("fp4", {}, "int8-sm90",
          "fp4 needs a Blackwell GPU (sm_120 or sm_121); this GPU is sm_90; int8 instead, runs on sm_90"),
         ("auto", {}, "exact", "auto: gradients are exact, 8-bit ones are for who asks for int8"),
-        ("int8", {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160)}, "exact",
-         "int8 needs a head_dim of at most 128 for its gradient; this call has 160"),
+        ("int8", {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160)}, "int8-triton",
+         "asked for, runs on sm_90 in Triton"),
+        ("int8", {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160), "triton_failure": NO_TRITON}, "exact",
+         f"int8 needs Triton for its gradient; {NO_TRITON}"),
+        ("int8", {"triton_failure": NO_TRITON}, "int8-sm90", "asked for, runs on sm_90"),
         ("int8", {"q_shape": (1, 2, 9, 300), "k_shape": (1, 2, 9, 300)}, "exact",
          "int8 needs a head_dim of at most 256; this call has 300"),
         ("int8", {"mask_needs_grad": True, "has_mask": True}, "exact",
          "int8 needs a mask that does not require grad; this one does"),
         ("int8", {"mask_needs_grad": True, "has_mask": True, "needs_grad": False}, "exact",
          "int8 needs a mask that does not require grad; this one does"),
-        ("int8", {"build_failure": NO_NVCC}, "exact", f"int8 needs compiled kernels; {NO_NVCC}"),
+        ("int8", {"build_failure": NO_NVCC}, "int8-triton",
+         f"asked for, runs on sm_90 in Triton; there are no compiled kernels: {NO_NVCC}"),
+        ("int8", {"build_failure": NO_NVCC, "triton_failure": NO_TRITON}, "exact",
+         f"int8 needs compiled kernels; {NO_NVCC}"),
     ],
 )  # fmt: skip
 def test_hopper_trains_in_8_bits_where_it_can_and_says_why_not(precision, changes, kernel, reason):
@@ -215,14 +225,36 @@ def test_hopper_trains_in_8_bits_where_it_can_and_says_why_not(precision, change
     assert (decision.kernel, decision.reason) == (kernel, reason)
 
 
-def test_a_second_kernel_with_gradients_serves_what_the_first_cannot():
-    second = Kernel("int8-second", "int8", capabilities=((8, 0), (9, 0)), trainable=True)
-    kernels = (*KERNELS, second)
-    wide = {"q_shape": (1, 2, 9, 160), "k_shape": (1, 2, 9, 160)}
-    assert decide(gpu((9, 0), needs_grad=True), "int8", kernels=kernels).kernel == "int8-sm90"
-    assert decide(gpu((9, 0), needs_grad=True, **wide), "int8", kernels=kernels).kernel == "int8-second"
-    assert decide(gpu((8, 0), needs_grad=True), "int8", kernels=kernels).kernel == "int8-second"
-    assert decide(gpu((9, 0), **wide), "int8", kernels=kernels).kernel == "int8-sm90"
+@pytest.mark.parametrize("capability", WITH_TRITON)
+@pytest.mark.parametrize("d", [64, 128, 160, 256])
+def test_triton_trains_what_the_hopper_kernel_does_not_and_infers_nothing(capability, d):
+    shape = (1, 2, 2048, d)
+    training = gpu(capability, needs_grad=True, q_shape=shape, k_shape=shape)
+    first = "int8-sm90" if capability == (9, 0) and d <= 128 else None
+    assert decide(training, "int8").kernel == (first or "int8-triton")
+    without = decide(replace(training, triton_failure=NO_TRITON), "int8")
+    assert without.kernel == (first or "exact")
+    assert first or (without.fell_back and without.reason == f"int8 needs Triton for its gradient; {NO_TRITON}")
+    emulated = decide(replace(training, triton_failure=NO_TRITON), "int8", emulate=True)
+    assert emulated.kernel == (first or "int8-emulated")
+    assert decide(training, "auto").kernel == "exact"
+    inference = replace(training, needs_grad=False)
+    assert decide(inference, "int8").kernel == ("int8-sm90" if capability == (9, 0) else "int8-mma")
+    assert decide(replace(inference, build_failure=NO_NVCC), "int8").kernel == "exact"
+
+
+@pytest.mark.parametrize("precision", ["fp4", "int8-fast"])
+def test_other_low_precisions_train_in_triton_as_int8(precision):
+    decision = decide(gpu((8, 9), needs_grad=True), precision)
+    assert (decision.kernel, decision.fell_back) == ("int8-triton", True)
+    assert decision.reason.endswith("int8 instead, runs on sm_89 in Triton")
+
+
+def test_a_head_dim_above_256_trains_exactly_on_every_gpu():
+    shape = (1, 2, 9, 257)
+    for capability in WITH_TRITON:
+        decision = decide(gpu(capability, needs_grad=True, q_shape=shape, k_shape=shape), "int8")
+        assert (decision.kernel, decision.reason) == ("exact", "int8 needs a head_dim of at most 256; this call has 257")
 
 
 def test_every_kernel_that_trains_has_its_op():
@@ -284,10 +316,11 @@ def test_choosing_knows_the_emulated_kernel_where_the_switch_is_set(machine, mon
 
 @pytest.fixture
 def machine(monkeypatch):
-    """What build.load gives: set ``machine.outcome``; ``machine.asked`` counts."""
+    """What build.load gives: set ``machine.outcome``; ``machine.asked`` counts. ``machine.triton``: why there is none."""
 
     class Machine:
         outcome = build.Failure(NO_NVCC)
+        triton: str | None = None
         asked = 0
 
         def load(self):
@@ -296,6 +329,7 @@ def machine(monkeypatch):
 
     made = Machine()
     monkeypatch.setattr(build, "load", made.load)
+    monkeypatch.setattr(triton_training, "absent", lambda: made.triton)
     return made
 
 
@@ -337,6 +371,26 @@ def test_choosing_tells_what_the_build_said(machine, precision):
     assert decision.reason.endswith(f"int8 needs compiled kernels; {NO_NVCC}")
     assert decision.fell_back == (precision != "auto")
     assert machine.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "d", "built", "triton", "kernel", "asked"),
+    [
+        ((8, 6), 64, False, None, "int8-triton", 0),
+        ((8, 6), 64, False, NO_TRITON, "exact", 0),
+        ((9, 0), 160, True, None, "int8-triton", 0),
+        ((9, 0), 160, True, NO_TRITON, "exact", 0),
+        ((9, 0), 128, True, NO_TRITON, "int8-sm90", 1),
+        ((9, 0), 128, False, None, "int8-triton", 1),
+        ((9, 0), 128, False, NO_TRITON, "exact", 1),
+    ],
+)
+def test_choosing_a_trainer_asks_for_what_it_needs(machine, capability, d, built, triton, kernel, asked):
+    machine.outcome = library("90a") if built else build.Failure(NO_NVCC)
+    machine.triton = triton
+    shape = (1, 2, 2048, d)
+    assert choose(gpu(capability, needs_grad=True, q_shape=shape, k_shape=shape), "int8").kernel == kernel
+    assert machine.asked == asked
 
 
 @pytest.mark.parametrize(("capability", "arch"), TARGETS.items())
@@ -454,6 +508,7 @@ calls = st.builds(
     mask_needs_grad=st.booleans(),
     v_head_dim=st.sampled_from([None, 64, 128]),
     build_failure=st.sampled_from([None, NO_NVCC]),
+    triton_failure=st.sampled_from([None, NO_TRITON]),
 )
 
 
@@ -469,10 +524,13 @@ def test_no_decision_breaks_a_constraint_or_keeps_silent(call, precision, emulat
     assert decision.fell_back == (precision is not Precision.AUTO and chosen.precision != precision.value)
     if call.needs_grad:
         assert chosen.trainable
-        assert call.q_shape[3] <= (128 if chosen.compiled else 2**31)
+        assert call.q_shape[3] <= (128 if chosen.compiled else 256 if chosen.triton else 2**31)
         assert chosen == EXACT or precision is not Precision.AUTO
     if call.mask_needs_grad:
         assert chosen == EXACT
+    if chosen.triton:
+        assert call.needs_grad
+        assert call.triton_failure is None
     if chosen.compiled:
         assert call.build_failure is None
         assert precision is not Precision.AUTO or call.k_shape[2] >= 1024

@@ -11,7 +11,7 @@ from comfy_sage3 import Report, attention, reference
 from comfy_sage3 import training as public
 from comfy_sage3.attention import attention_freeing
 from comfy_sage3.errors import InputError
-from comfy_sage3.kernels import build, exact, ops, training
+from comfy_sage3.kernels import build, exact, ops, training, triton_training
 
 
 class Operators:
@@ -239,13 +239,39 @@ def test_a_graph_is_compiled_anew_when_torch_is_to_be_deterministic(hopper):
     assert hopper.deterministic == [False, True, False]
 
 
-def test_a_wider_head_trains_exactly_and_says_why(hopper):
+def test_a_wider_head_trains_exactly_without_triton_and_says_why(hopper, monkeypatch):
+    monkeypatch.setattr(triton_training, "absent", lambda: "Triton is not installed")
     tensors, report = qkv(d=160), Report()
     attention(*tensors, enable_gqa=True, precision="int8", report=report).sum().backward()
     (line,) = report.lines()
     assert (line["kernel"], line["fell_back"]) == ("exact", True)
-    assert line["reason"] == "int8 needs a head_dim of at most 128 for its gradient; this call has 160"
+    assert line["reason"] == "int8 needs Triton for its gradient; Triton is not installed"
     assert hopper.gradients == 0
+
+
+@pytest.mark.parametrize(("capability", "d"), [((9, 0), 160), ((8, 6), 32)])
+def test_tritons_op_trains_where_it_is_chosen_and_infers_nothing(hopper, monkeypatch, capability, d):
+    """Its place is taken by the other trainer's op: what is asked is who is called with what."""
+    door, asked = sys.modules["comfy_sage3.attention"], []
+
+    def op(q, k, v, mask, is_causal, scale, return_lse, deterministic, note):
+        asked.append((q.shape[3], scale, deterministic))
+        return training.attend(*(x[..., :32] for x in (q, k, v)), mask, is_causal, scale, return_lse, deterministic, note)
+
+    monkeypatch.setattr(triton_training, "absent", lambda: None)
+    monkeypatch.setattr(door, "capability_of", lambda device: capability)
+    monkeypatch.setitem(door.TRAINED, "int8-triton", op)
+    tensors, report = qkv(d=d), Report()
+    attention(*tensors, enable_gqa=True, precision="int8", report=report).sum().backward()
+    assert asked == [(d, d**-0.5, False)]
+    assert all(x.grad.any() for x in tensors[2:])
+    assert report.gradients() == {"int8-triton": 1}
+    with torch.no_grad():
+        monkeypatch.setattr(ops, "int8_attention_compiled", lambda q, *a: (torch.empty_like(q), q.new_empty(0)))
+        monkeypatch.setattr("comfy_sage3.kernels.compiled.failure", lambda capability: None)
+        attention(*tensors, enable_gqa=True, precision="int8", report=report)
+    assert len(asked) == 1
+    assert [line["kernel"] for line in report.lines()][0] == "int8-triton"
 
 
 def test_tensors_that_are_handed_over_keep_their_gradients(hopper):

@@ -30,7 +30,8 @@ class Kernel:
     plain PyTorch, one is the kernel itself on a GPU that lacks its instructions (``compiled``).
     ``auto_from_keys`` and ``auto_not_on`` say where exact attention is faster, so that "auto" leaves the call to it;
     a precision that was asked for by name always runs.
-    ``trainable`` kernels give gradients, up to a head_dim of ``trained_head_dim``.
+    ``trainable`` kernels give gradients, up to a head_dim of ``trained_head_dim``; ``training_only`` ones serve no other
+    calls. ``triton`` kernels are compiled by Triton, which may not be installed, when they run first.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Kernel:
     emulated: bool = False
     trainable: bool = False
     trained_head_dim: int = 256
+    training_only: bool = False
+    triton: bool = False
     dtypes: tuple[torch.dtype, ...] = LOW_BIT_DTYPES
     max_head_dim: int = 256
     auto_from_keys: int = 0
@@ -83,8 +86,8 @@ FP4_AUTO_FROM_KEYS = 2048
 # mma.sync serves all of them (Hopper too, should the first row not do), each through the code of its own architecture.
 # Blackwell Ultra (sm_103) has a fifteenth of its 16-bit rate left for 8-bit integers: there it runs when asked for.
 #
-# Gradients: the Hopper kernel's, to a head_dim of 128 (csrc/backward). A second kernel that gives them joins as a row behind
-# it, and as an entry of attention.TRAINED; what the first cannot serve then goes to the second.
+# Gradients: the Hopper kernel's, to a head_dim of 128 (csrc/backward), and Triton's, which serve what the first cannot and
+# are slower than mma.sync where there is no gradient to compute. Each has an entry in attention.TRAINED.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("fp4-sm120", "fp4", capabilities=((12, 0), (12, 1)), compiled="fp4-sm120", auto_from_keys=FP4_AUTO_FROM_KEYS),
     Kernel(
@@ -95,6 +98,14 @@ KERNELS: tuple[Kernel, ...] = (
         trainable=True,
         trained_head_dim=128,
         auto_from_keys=INT8_AUTO_FROM_KEYS_ON_HOPPER,
+    ),
+    Kernel(
+        "int8-triton",
+        "int8",
+        capabilities=((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (12, 0), (12, 1)),
+        trainable=True,
+        training_only=True,
+        triton=True,
     ),
     Kernel("int8-fast-sm90", "int8-fast", capabilities=((9, 0),), compiled="sm90-fast"),
     Kernel(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..report import record_gradient_note, record_note
 from . import training
+from .jit.switches import Switches
 from .ops import NAMESPACE, no_second_derivative
 
 MAX_HEAD_DIM = 256
@@ -77,13 +80,26 @@ def config(capability: tuple[int, int], width: int) -> Config:
 
 
 def absent() -> str | None:
-    """Why the ops cannot run here, or None."""
-    return None if _has_triton() else "Triton is not installed (it comes with torch on Linux)"
+    """Why the ops cannot run here, or None. A constant in a compiled graph."""
+    if Switches.read(os.environ).force_reference:
+        return "SAGE3_FORCE_REFERENCE is set"
+    if not _has_triton():
+        return "Triton is not installed (it comes with torch on Linux)"
+    return None if _has_compiler() else "Triton compiles with gcc or clang, and neither is installed"
+
+
+absent._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see devices.py
 
 
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _has_compiler() -> bool:
+    """For what launches a kernel, as Triton looks for one; on Windows it brings its own."""
+    return os.name == "nt" or "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
 
 
 def padded_head_dim(d: int) -> int:

@@ -192,3 +192,14 @@ def test_there_are_tiles_for_every_gpu(capability, d):
 def test_a_missing_triton_is_said(monkeypatch):
     monkeypatch.setattr(triton_training, "_has_triton", lambda: False)
     assert "not installed" in triton_training.absent()
+
+
+def test_a_missing_compiler_and_the_switch_are_said(monkeypatch):
+    monkeypatch.delenv("SAGE3_FORCE_REFERENCE", raising=False)
+    monkeypatch.setattr(triton_training, "_has_triton", lambda: True)
+    monkeypatch.setattr(triton_training, "_has_compiler", lambda: True)
+    assert triton_training.absent() is None
+    monkeypatch.setattr(triton_training, "_has_compiler", lambda: False)
+    assert "gcc or clang" in triton_training.absent()
+    monkeypatch.setenv("SAGE3_FORCE_REFERENCE", "1")
+    assert triton_training.absent() == "SAGE3_FORCE_REFERENCE is set"
