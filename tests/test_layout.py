@@ -15,7 +15,7 @@ FLOORS = (
     ("gradio_app", "pack"),  # the repository's gradio_app.py and its __init__.py, ComfyUI's entry
     ("cli",),
     ("app",),
-    ("numerics",),  # a command; what the other commands run lives in their own rooms
+    ("numerics", "training_study"),  # commands; what the other commands run lives in their own rooms
     ("study",),
     ("compare", "comfyui"),  # comfyui offers the bundled weights, their prompts and the doctor, so they are below it
     ("demo", "plan", "doctor"),
@@ -46,10 +46,13 @@ KNOWN_TO = {"comfyui": {"pack"}}
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server")
 FOREIGN = {
     "torch": ("",),
-    "numpy": ("metrics.py", "compare/", "demo/", "app/", "study/", "comfyui/frames.py", "comfyui/plan_node.py"),
+    "numpy": (
+        "metrics.py", "compare/", "demo/", "app/", "study/", "training_study/plots.py", "comfyui/frames.py",
+        "comfyui/plan_node.py",
+    ),  # fmt: skip
     "PIL": ("compare/", "demo/", "app/", "study/", "comfyui/frames.py", "plan/heatmap.py"),
     "aiohttp": ("comfyui/routes.py",),
-    "safetensors": ("demo/",),
+    "safetensors": ("demo/", "training_study/data.py"),
     "matplotlib": ("compare/plots.py", "study/plots.py"),
     "diffusers": ("compare/diffusers_engine.py", "demo/load.py"),
     "gradio": ("app/",),
