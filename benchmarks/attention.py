@@ -107,7 +107,11 @@ def default_out(result: dict[str, Any]) -> Path:
 
 
 def run(
-    wanted: Sequence[Shape], measured: Sequence[Peer], seconds: float, rest_s: float, command: str,
+    wanted: Sequence[Shape],
+    measured: Sequence[Peer],
+    seconds: float,
+    rest_s: float,
+    command: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure everything -> the result, as the JSON has it."""

@@ -31,7 +31,7 @@ from comfy_sage3.attention import attention
 from comfy_sage3.comfyui.guard import Guard
 from comfy_sage3.comfyui.hook import Hook
 from comfy_sage3.comfyui.override import make_override
-from comfy_sage3.precision import PrecisionPlan
+from comfy_sage3.precision import Precision, PrecisionPlan
 
 LAYERS, HEADS, HEAD_DIM, TOKENS, STEPS = 30, 12, 128, 32_760, 20
 
@@ -53,7 +53,7 @@ def hooked(guard: Guard) -> Callable[[Tensor, Tensor, Tensor, int], None]:
     """The same through the override, as a model calls it."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, steps: int) -> None:
-        hook = Hook(PrecisionPlan("int8"))
+        hook = Hook(PrecisionPlan(Precision.INT8))
         hook.guard = guard
         override = make_override(hook)
         hook.begin(None)

@@ -90,9 +90,7 @@ def self_test(device: torch.device, precision: str) -> dict[str, Any]:
     report = Report()
     result: dict[str, Any] = {"device": str(device), "precision": precision, "kernel": None, "error": None}
     try:
-        out = attention(
-            q.to(device), k.to(device), v.to(device), precision=precision, emulate=True, report=report
-        )
+        out = attention(q.to(device), k.to(device), v.to(device), precision=precision, emulate=True, report=report)
         result["kernel"] = report.lines()[0]["kernel"]
         error = attention_error(out, want)
     except Exception as problem:  # whatever a broken driver or build raises is what there is to show

@@ -92,9 +92,7 @@ def video_like(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
-def _forward_table(
-    key: str, title: str, inputs: Inputs, rows: list[tuple[str, Fp4Options | Int8Options]]
-) -> Table:
+def _forward_table(key: str, title: str, inputs: Inputs, rows: list[tuple[str, Fp4Options | Int8Options]]) -> Table:
     exact = [exact_attention(*x)[0] for x in inputs]
 
     def run(options: Fp4Options | Int8Options, x: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -47,9 +47,7 @@ class PrecisionPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", Precision.parse(self.precision))
         if not 0.0 <= self.start <= self.end <= 1.0:
-            raise InputError(
-                f"The window {self.start} to {self.end} is not usable: give 0 <= start <= end <= 1."
-            )
+            raise InputError(f"The window {self.start} to {self.end} is not usable: give 0 <= start <= end <= 1.")
         if self.min_tokens < 0:
             raise InputError(f"min_tokens is {self.min_tokens}: give 0 or more.")
 

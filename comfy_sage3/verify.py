@@ -154,9 +154,7 @@ def time_kernels(device: torch.device) -> dict[str, Any]:
                     samples[name].append(taken)
         ms = {name: statistics.median(values) for name, values in samples.items()}
         flops = 4.0 * shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
-        rows.append(
-            {"shape": list(shape), "ms": ms, "tflops": {name: flops / value * 1e-9 for name, value in ms.items()}}
-        )
+        rows.append({"shape": list(shape), "ms": ms, "tflops": {name: flops / value * 1e-9 for name, value in ms.items()}})
     return {"rows": rows}
 
 
@@ -172,9 +170,7 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 def _inputs(shape: tuple[int, int, int, int, int, bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     b, h, lq, lk, d, _ = shape
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(b, h, n, d, generator=generator, device=device).bfloat16() for n in (lq, lk, lk)
-    )
+    q, k, v = (torch.randn(b, h, n, d, generator=generator, device=device).bfloat16() for n in (lq, lk, lk))
     return q, k, v
 
 

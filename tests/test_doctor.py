@@ -82,9 +82,7 @@ def test_a_kernel_that_is_wrong_is_shown(monkeypatch, spoil, message):
     assert result["error"] == message
 
 
-@pytest.mark.parametrize(
-    ("cuda", "capability", "name"), [("13.0", (12, 0), "sm_120"), (None, None, "not an NVIDIA GPU")]
-)
+@pytest.mark.parametrize(("cuda", "capability", "name"), [("13.0", (12, 0), "sm_120"), (None, None, "not an NVIDIA GPU")])
 def test_a_gpu_is_described_by_its_capability(monkeypatch, cuda, capability, name):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))

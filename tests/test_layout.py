@@ -47,7 +47,13 @@ COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution",
 FOREIGN = {
     "torch": ("",),
     "numpy": (
-        "metrics.py", "compare/", "demo/", "app/", "study/", "training_study/plots.py", "comfyui/frames.py",
+        "metrics.py",
+        "compare/",
+        "demo/",
+        "app/",
+        "study/",
+        "training_study/plots.py",
+        "comfyui/frames.py",
         "comfyui/plan_node.py",
     ),  # fmt: skip
     "PIL": ("compare/", "demo/", "app/", "study/", "comfyui/frames.py", "plan/heatmap.py"),

@@ -42,9 +42,7 @@ def test_without_python3_venv_one_sentence_says_what_to_install(make, tmp_path):
     done = make(WITHOUT_ENSUREPIP)
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make: ***")]
     assert done.returncode != 0
-    assert said == [
-        f"error: {tmp_path}/python cannot make a virtual environment; install python3-venv and run make again."
-    ]
+    assert said == [f"error: {tmp_path}/python cannot make a virtual environment; install python3-venv and run make again."]
     assert not (tmp_path / ".venv").exists()
 
 

@@ -198,9 +198,7 @@ class FakeComfy:
                 self.close_connection = True
                 if not fake.frames:
                     return self.reply(404, {})
-                self.wfile.write(
-                    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n" + fake.frames[:5]
-                )
+                self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n" + fake.frames[:5])
                 self.wfile.flush()
                 time.sleep(0.05)  # the frame is cut in two
                 self.wfile.write(fake.frames[5:])
@@ -232,9 +230,7 @@ def fake():
 
 def test_submit_wait_and_download(fake):
     video = {"filename": "video.webp", "subfolder": "s", "type": "output"}
-    fake.history[-1] = {
-        "p1": done(**{"9": {"images": [video], "animated": [True]}, "8": {"text": ["36 calls"]}})
-    }
+    fake.history[-1] = {"p1": done(**{"9": {"images": [video], "animated": [True]}, "8": {"text": ["36 calls"]}})}
     with ComfyClient(fake.url) as client:
         entry = client.wait(client.submit(SMALL))
         assert client.files(entry) == [OutputFile("9", "video.webp", "s", "output")]
@@ -257,11 +253,7 @@ def test_progress_arrives_over_the_websocket(fake):
         + text_frame(step[20:], opcode=0)  # a message in two fragments
         + text_frame("\x00\x01 a preview", opcode=2)
         + text_frame("not json")
-        + text_frame(
-            json.dumps(
-                {"type": "progress", "data": {"prompt_id": "another", "node": "5", "value": 9, "max": 9}}
-            )
-        )
+        + text_frame(json.dumps({"type": "progress", "data": {"prompt_id": "another", "node": "5", "value": 9, "max": 9}}))
         + text_frame(event("status", filler="x" * 300))
         + text_frame(event("progress", node="3", value=4, max=4))
         + text_frame(event("executing", node=None))
@@ -330,9 +322,7 @@ def test_a_refused_workflow_says_which_input(fake):
 
 
 def test_a_partly_refused_workflow_is_withdrawn(fake):
-    node_errors = {
-        "2": {"class_type": "Save", "errors": [{"message": "Required input is missing", "details": "x"}]}
-    }
+    node_errors = {"2": {"class_type": "Save", "errors": [{"message": "Required input is missing", "details": "x"}]}}
     fake.prompt_reply = (200, {"prompt_id": "p1", "node_errors": node_errors})
     with ComfyClient(fake.url) as client, pytest.raises(EngineError, match="refused part .*Required input"):
         client.submit(SMALL)
@@ -554,9 +544,7 @@ def test_ctrl_c_cancels_and_leaves_no_server(checkout, tmp_path, sent, status):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a background shell ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )
     deadline = time.monotonic() + 60
     while not (checkout / "posted").exists():

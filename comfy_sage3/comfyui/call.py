@@ -14,9 +14,7 @@ from torch import Tensor
 
 # What a call may carry besides the named arguments of HookCall.read. Anything else could change the result
 # in a way this code does not know, so such a call is left to ComfyUI.
-KNOWN_EXTRAS = frozenset(
-    ("transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa", "low_precision_attention")
-)
+KNOWN_EXTRAS = frozenset(("transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa", "low_precision_attention"))
 
 
 class NotServed(Exception):
@@ -53,9 +51,7 @@ class HookCall:
             raise NotServed("the model asks for full precision here")
         if attn_precision == torch.float32 and q.dtype != torch.float32:
             raise NotServed("the model asks for float32 attention here")
-        unknown = sorted(
-            name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None
-        )
+        unknown = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
         if unknown:
             raise NotServed(f"the call has an argument this node does not know ({', '.join(unknown)})")
         scale = extras.get("scale")
@@ -66,9 +62,7 @@ class HookCall:
         if not skip_reshape:  # SD3 hands over q and k flat and v split into heads
             q, k, v = (t.flatten(2) if t.ndim == 4 else t for t in (q, k, v))
         if not q.ndim == k.ndim == v.ndim == dims:
-            raise NotServed(
-                f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions where {dims} are expected"
-            )
+            raise NotServed(f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions where {dims} are expected")
         if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
             raise NotServed("q, k and v differ in dtype or device")
         if not skip_reshape:
@@ -123,9 +117,7 @@ class HookCall:
         if h != heads:
             raise NotServed(f"q has {h} heads where the call says {heads}")
         if (bk, bv, dk, dv, hv, lv) != (b, b, d, d, hk, lk):
-            raise NotServed(
-                f"the shapes of q {self.q_shape}, k {self.k_shape} and v {(bv, hv, lv, dv)} do not match"
-            )
+            raise NotServed(f"the shapes of q {self.q_shape}, k {self.k_shape} and v {(bv, hv, lv, dv)} do not match")
         if hk != h and not (enable_gqa and hk and h % hk == 0):
             raise NotServed(f"{h} query heads do not fit {hk} key heads")
 

@@ -72,8 +72,7 @@ class Sage3Attention(io.ComfyNode):
                     io.Boolean.Input,
                     "emulate",
                     default=False,
-                    tooltip="Run the chosen method in plain PyTorch where no kernel exists: "
-                    "real quality, no speed.",
+                    tooltip="Run the chosen method in plain PyTorch where no kernel exists: real quality, no speed.",
                 ),
                 advanced(
                     io.String.Input,
@@ -213,8 +212,7 @@ class Sage3DemoPrompt(io.ComfyNode):
             display_name="Sage3 Demo Prompt",
             category="sage3",
             description=(
-                "A prompt for the bundled demo model, such as "
-                f"'{EXAMPLE}'. Leave it empty for the negative prompt."
+                f"A prompt for the bundled demo model, such as '{EXAMPLE}'. Leave it empty for the negative prompt."
             ),
             inputs=[io.String.Input("text", multiline=True, default=EXAMPLE)],
             outputs=[io.Conditioning.Output()],

@@ -99,9 +99,7 @@ def contestants(a: Side, b: Side, exact: Side) -> dict[str, Attend]:
 
 
 @torch.inference_mode()
-def replay(
-    captured: Captured, kernels: dict[str, Attend], tell: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
+def replay(captured: Captured, kernels: dict[str, Attend], tell: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """Each captured call through each kernel, against exact fp32 attention on the same tensors.
 
     ``tell`` is called after each call and kernel; it may raise to cancel.

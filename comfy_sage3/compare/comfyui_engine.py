@@ -199,9 +199,7 @@ def prompt_graph(request: Request, side: Side, end_percent: float = 1.0) -> Grap
         ),
         "positive": _node("Sage3DemoPrompt", text=request.prompt),
         "negative": _node("Sage3DemoPrompt", text=request.negative),
-        "latent": _node(
-            "EmptyHunyuanLatentVideo", width=size.width, height=size.height, length=size.frames, batch_size=1
-        ),
+        "latent": _node("EmptyHunyuanLatentVideo", width=size.width, height=size.height, length=size.frames, batch_size=1),
         SAMPLER: _node(
             "KSampler",
             model=[ATTENTION, 0],
@@ -265,9 +263,7 @@ def sampling_times(
     """
     messages = {kind: data for kind, data in entry.get("status", {}).get("messages", ())}
     if set(samplers) & set(messages.get("execution_cached", {}).get("nodes", ())):
-        raise EngineError(
-            "The ComfyUI server answered from its cache: restart it and run the comparison again."
-        )
+        raise EngineError("The ComfyUI server answered from its cache: restart it and run the comparison again.")
     totals = [seconds for node in samplers if (seconds := node_seconds(events, node)) is not None]
     if totals:
         steps: list[float] = []
@@ -278,9 +274,7 @@ def sampling_times(
     try:
         start, end = (messages[k]["timestamp"] for k in ("execution_start", "execution_success"))
     except KeyError:
-        raise EngineError(
-            "The ComfyUI server sends no events, so it cannot be timed: check its /ws connection."
-        ) from None
+        raise EngineError("The ComfyUI server sends no events, so it cannot be timed: check its /ws connection.") from None
     return (end - start) / 1000, []
 
 
@@ -301,9 +295,7 @@ def read_report(entry: dict[str, Any], reports: Sequence[str] = (REPORT,)) -> li
     found = [entry.get("outputs", {}).get(node, {}).get("sage3") for node in reports]
     lines = [line for part in found if isinstance(part, list) for line in part]
     if not all(isinstance(part, list) for part in found) or not all(_is_line(line) for line in lines):
-        raise EngineError(
-            "The server's Sage3 Report does not say what ran as data: update this pack there and restart it."
-        )
+        raise EngineError("The server's Sage3 Report does not say what ran as data: update this pack there and restart it.")
     return lines
 
 

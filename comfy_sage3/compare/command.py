@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--b", default="fp4", metavar="PRECISION", help="side B, likewise (default: fp4)")
     parser.add_argument("--negative", default="", help="what guidance is to steer away from (default: nothing)")
-    parser.add_argument(
-        "--seed", type=int, default=1, help="seed of the noise both sides start from (default: 1)"
-    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the noise both sides start from (default: 1)")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder for the results (default: {OUT})")
     parser.add_argument(
         "--size",
@@ -55,12 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the cross-attention to the prompt exact; 0: none)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: 3)")
-    parser.add_argument(
-        "--engine", choices=("diffusers", "comfyui"), default="diffusers", help="what makes the videos"
-    )
-    parser.add_argument(
-        "--server", default="http://127.0.0.1:8188", metavar="URL", help="the ComfyUI server to use"
-    )
+    parser.add_argument("--engine", choices=("diffusers", "comfyui"), default="diffusers", help="what makes the videos")
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="the ComfyUI server to use")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (diffusers engine)")
     parser.add_argument(
         "--emulate",

@@ -55,9 +55,7 @@ def wan_module() -> Any:
     try:
         module = importlib.import_module(WAN_MODULE)
     except ImportError as error:
-        raise EngineError(
-            f"The diffusers engine needs diffusers 0.36 or newer ({error}): {GET_DIFFUSERS}."
-        ) from None
+        raise EngineError(f"The diffusers engine needs diffusers 0.36 or newer ({error}): {GET_DIFFUSERS}.") from None
     if not callable(getattr(module, HOOK, None)):
         raise EngineError(
             f"diffusers {_version('diffusers')} does not send Wan's attention through {HOOK}, so it cannot "
@@ -94,13 +92,9 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
     ) -> Tensor:
         place = getattr(here, "place", None)
         if place is None:
-            return original(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs
-            )
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
         if dropout_p or kwargs.get("parallel_config") is not None:
-            raise EngineError(
-                "Attention dropout and context parallelism cannot be compared: switch them off."
-            )
+            raise EngineError("Attention dropout and context parallelism cannot be compared: switch them off.")
         seen["calls"] += 1
         options = {"mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return route(place, query, key, value, options)
@@ -124,9 +118,7 @@ def routed(transformer: Any, route: Route) -> Iterator[None]:
         setattr(module, HOOK, dispatch)
         yield
     if seen["blocks"] and not seen["calls"]:
-        raise EngineError(
-            f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: {GET_DIFFUSERS}."
-        )
+        raise EngineError(f"diffusers {_version('diffusers')} ran Wan without calling {HOOK}: {GET_DIFFUSERS}.")
 
 
 def route_at(attend: Attend, sigma: float) -> Route:
@@ -358,9 +350,7 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("This machine has no CUDA GPU that PyTorch can use: choose --device cpu.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0."
-        )
+        raise InputError(f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0.")
     return torch.device(name)
 
 

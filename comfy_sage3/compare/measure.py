@@ -188,9 +188,7 @@ def _finish(engine: Engine, generation: Generation, name: str, progress: Progres
 
 def _video(generation: Generation) -> np.ndarray:
     if generation.video is None or generation.video.ndim != 4 or generation.video.dtype != np.uint8:
-        raise EngineError(
-            "The engine returned no video: run the comparison again, and report this if it persists."
-        )
+        raise EngineError("The engine returned no video: run the comparison again, and report this if it persists.")
     return generation.video
 
 
@@ -269,9 +267,7 @@ def replay_data(inspection: Inspection | None, sides: dict[str, Side]) -> dict[s
     return {
         "against": "exact fp32 attention on the same captured q, k, v of side A's run",
         "rows": inspection.replay,
-        "summary": {
-            kind: summarise([row for row in inspection.replay if row["kind"] == kind]) for kind in KINDS
-        },
+        "summary": {kind: summarise([row for row in inspection.replay if row["kind"] == kind]) for kind in KINDS},
         "kept_exact": {
             kind: [key for key, side in sides.items() if _keeps_exact(side, kind, inspection.replay)] for kind in KINDS
         },
@@ -336,9 +332,7 @@ def pair(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     PSNR is in dB, infinite (null in JSON) where nothing differs.
     """
     if a.shape != b.shape:
-        raise EngineError(
-            f"The two videos differ in shape, {a.shape} and {b.shape}: compare the same size on both sides."
-        )
+        raise EngineError(f"The two videos differ in shape, {a.shape} and {b.shape}: compare the same size on both sides.")
     per_frame = [float(x) for x in psnr(a, b)]
     similarity = [float(x) for x in ssim(a, b)]
     worst = worst_frame(per_frame)

@@ -46,26 +46,20 @@ def check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder for the results with --out.")
     if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
-        raise InputError(
-            f"{out} holds files that are not an earlier comparison's: give a new or empty folder with --out."
-        )
+        raise InputError(f"{out} holds files that are not an earlier comparison's: give a new or empty folder with --out.")
     base = out.absolute().parent
     while not base.exists():
         base = base.parent
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".sage3-", dir=base))
     except OSError as error:
-        raise InputError(
-            f"Cannot write to {base} ({error.strerror}): give a folder you may write to with --out."
-        ) from None
+        raise InputError(f"Cannot write to {base} ({error.strerror}): give a folder you may write to with --out.") from None
 
 
 def write(comparison: Comparison, out: Path) -> Path:
     """Write every file of the comparison to ``out``, in place of an earlier one, and return ``out``."""
     with replaced(out) as folder:
-        (folder / METRICS).write_text(
-            json.dumps(comparison.metrics, indent=1, allow_nan=False) + "\n", "utf-8"
-        )
+        (folder / METRICS).write_text(json.dumps(comparison.metrics, indent=1, allow_nan=False) + "\n", "utf-8")
         for key, video in comparison.videos.items():
             (folder / key).mkdir()
             for i, frame in enumerate(video):
@@ -95,9 +89,7 @@ def replaced(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise InputError(
-            f"Cannot write the results to {out} ({error}): free some space or give another --out."
-        ) from None
+        raise InputError(f"Cannot write the results to {out} ({error}): free some space or give another --out.") from None
 
 
 def _swap(folder: Path, out: Path) -> None:

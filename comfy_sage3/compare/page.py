@@ -180,9 +180,7 @@ def _adherence(m: dict[str, Any]) -> str:
 
 def _timing(m: dict[str, Any]) -> str:
     repeats, order = m["timing"]["repeats"], m["timing"]["order"]
-    ratios = "".join(
-        f"<p><b>{escape(name)}: B is {escape(value)} as fast as A.</b></p>" for name, value in ratio_rows(m)
-    )
+    ratios = "".join(f"<p><b>{escape(name)}: B is {escape(value)} as fast as A.</b></p>" for name, value in ratio_rows(m))
     return (
         f"{_note(m)}{ratios}{_table(timing_rows(m), _heads(m, '')[:3])}"
         f"<p class=muted>Median (minimum to maximum) of {repeats} runs a side, in the order {escape(order)}; "
@@ -219,10 +217,7 @@ def _ran(side: dict[str, Any]) -> str:
         for line in side["report"]
     )
     kept = f"<p>{escape(kept_exact_sentence(side))}</p>" if side["kept_exact"] else ""
-    return (
-        f"<h3>{escape(side_title(side))}</h3>"
-        f"<ul>{lines or '<li>no attention calls were reported</li>'}</ul>{kept}"
-    )
+    return f"<h3>{escape(side_title(side))}</h3><ul>{lines or '<li>no attention calls were reported</li>'}</ul>{kept}"
 
 
 def _environment(m: dict[str, Any]) -> str:
@@ -244,9 +239,7 @@ def _wrap(inner: str) -> str:
 
 def _head_row(heads: Sequence[str]) -> str:
     first, *rest = heads
-    return (
-        f"<tr><th>{escape(first)}</th>" + "".join(f'<th scope="col">{escape(h)}</th>' for h in rest) + "</tr>"
-    )
+    return f"<tr><th>{escape(first)}</th>" + "".join(f'<th scope="col">{escape(h)}</th>' for h in rest) + "</tr>"
 
 
 def _row(row: Row, columns: int) -> str:

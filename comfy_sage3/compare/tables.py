@@ -52,9 +52,7 @@ def headline(m: dict[str, Any]) -> tuple[str, str]:
     verdict += f" and followed the prompt {_versus(kept['b'], kept['a'])}." if kept["a"][1] else "."
     for side in (a, b):
         if side["fell_back"]:
-            verdict += (
-                f" Side {side['label']} did not run as {side['precision']} throughout: see what ran, and why."
-            )
+            verdict += f" Side {side['label']} did not run as {side['precision']} throughout: see what ran, and why."
         elif side["kept_exact"] and side["kept_exact"] == side["calls"]:
             verdict += f" Side {side['label']} never ran as {side['precision']}: {kept_exact_sentence(side)}"
     apart = "give the same frames" if floor["identical"] else f"differ by {_apart(floor)}"
@@ -95,9 +93,7 @@ def quality_rows(m: dict[str, Any]) -> list[tuple[str, list[Row]]]:
             where += ", against exact fp32" + (f"; {kept} kept exact" if kept else "")
             sections.append((f"1. Same tensors, each kernel ({where})", rows))
     if q["one_step"]:
-        sections.append(
-            (f"2. Same noisy {made}, one step (against exact)", error_rows(q["one_step"]["summary"]))
-        )
+        sections.append((f"2. Same noisy {made}, one step (against exact)", error_rows(q["one_step"]["summary"])))
     over_time = [
         Row("worst frame", BASELINE, _worst(pair), _worst(floor)),
         _moving("motion energy", end["motion_energy"]),
@@ -158,13 +154,9 @@ def timing_rows(m: dict[str, Any]) -> list[Row]:
         "attention_seconds": "attention in one run",
     }
     rows = [Row(name, _spread(t["a"][key]), _spread(t["b"][key])) for key, name in names.items()]
-    rows.append(
-        Row(f"decoding the {noun(m)}", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"]))
-    )
+    rows.append(Row(f"decoding the {noun(m)}", _seconds(t["a"]["decode_seconds"]), _seconds(t["b"]["decode_seconds"])))
     rows.append(Row("building kernels", _build(t["a"], m["sides"]["a"]), _build(t["b"], m["sides"]["b"])))
-    rows.append(
-        Row("peak GPU memory", _bytes(t["a"]["peak_memory_bytes"]), _bytes(t["b"]["peak_memory_bytes"]))
-    )
+    rows.append(Row("peak GPU memory", _bytes(t["a"]["peak_memory_bytes"]), _bytes(t["b"]["peak_memory_bytes"])))
     return rows
 
 
@@ -236,9 +228,7 @@ def terminal(m: dict[str, Any]) -> str:
     for side in (a, b):
         for line in side["report"]:
             mark = "fell back: " if line["fell_back"] else ""
-            lines.append(
-                f"  {side['label']}: {line['calls']} calls on {line['kernel']} ({mark}{line['reason']})"
-            )
+            lines.append(f"  {side['label']}: {line['calls']} calls on {line['kernel']} ({mark}{line['reason']})")
         if not side["report"]:
             lines.append(f"  {side['label']}: no attention calls were reported")
         if side["kept_exact"]:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from .prompts import ATTRIBUTES, BACKGROUNDS, COLOURS, MAX_OBJECTS, MOTIONS, SHAPES, SIZES, SPEEDS, Object, Scene
 
-COLOUR_RGB = torch.tensor(
-    [(230, 40, 40), (40, 190, 70), (50, 90, 240), (240, 210, 40), (170, 60, 220), (245, 245, 245)]
-)
+COLOUR_RGB = torch.tensor([(230, 40, 40), (40, 190, 70), (50, 90, 240), (240, 210, 40), (170, 60, 220), (245, 245, 245)])
 BACKGROUND_RGB = torch.tensor([(10, 10, 14), (100, 102, 108), (16, 24, 80)])
 MOTION_XY = torch.tensor([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (0.0, 0.0)])
 
@@ -46,8 +44,7 @@ def random_labels(batch: int, generator: torch.Generator, *, pairs: float = 0.25
     """Uniform random scenes; a share of ``pairs`` has two objects, of different colours. On the generator's device."""
     device = generator.device
     draw = [
-        torch.randint(len(words), (batch, MAX_OBJECTS), generator=generator, device=device)
-        for words in ATTRIBUTES.values()
+        torch.randint(len(words), (batch, MAX_OBJECTS), generator=generator, device=device) for words in ATTRIBUTES.values()
     ]
     objects = torch.stack(draw, -1)
     shift = torch.randint(1, len(COLOURS), (batch,), generator=generator, device=device)
@@ -173,9 +170,7 @@ def render_labels(
         centre = middle[:, j, None] + travel[:, j, None] * time[None, :, None]  # (B, T, 2)
         x = grid_x[:, None, None, :] - centre[..., 0, None, None]
         y = grid_y[:, None, :, None] - centre[..., 1, None, None]
-        distance = signed_distance(
-            shape[:, j].view(-1, 1, 1, 1), x, y, radius[:, j].view(-1, 1, 1, 1)
-        )
+        distance = signed_distance(shape[:, j].view(-1, 1, 1, 1), x, y, radius[:, j].view(-1, 1, 1, 1))
         alpha = (0.5 - distance * min(height, width)).clamp(0, 1) * labels.present[:, j].view(-1, 1, 1, 1)
         paint = unit_range(COLOUR_RGB).to(device)[colour[:, j]].view(batch, 3, 1, 1, 1)
         video = torch.lerp(video.expand(batch, 3, *alpha.shape[1:]), paint, alpha[:, None])

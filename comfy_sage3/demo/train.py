@@ -258,9 +258,7 @@ def train_vae(args: argparse.Namespace) -> None:
     fold_statistics(vae, args.device)
     slices.append({"steps": trainer.step + trainer.offset - begun, "batches": VAE_BATCHES})
     about = {"parameters": sum(p.numel() for p in vae.parameters()), "curve": trainer.curve, "slices": slices}
-    about["reconstruction"] = {
-        str(size): reconstruction(vae, size, n, args.device) for size, n in RECONSTRUCTED.items()
-    }
+    about["reconstruction"] = {str(size): reconstruction(vae, size, n, args.device) for size, n in RECONSTRUCTED.items()}
     print(json.dumps(about["reconstruction"]), flush=True)
     export(args, load.VAE_FILE, native.vae_to_native(vae.state_dict()), about)
 
@@ -456,8 +454,7 @@ def score(args: argparse.Namespace) -> None:
             if i == 0:
                 contact_sheet(video[:12], args.out / f"samples-{size}.png")
         truth = [
-            adherence(render([s], size.frames, size.width, seed=22 + j)[0].to(args.device), s)
-            for j, s in enumerate(scenes)
+            adherence(render([s], size.frames, size.width, seed=22 + j)[0].to(args.device), s) for j, s in enumerate(scenes)
         ]
         result = {"prompts": count, "shift": size.shift, "model": shares(verdicts), "scorer_on_truth": shares(truth)}
         scores[str(size)] = result

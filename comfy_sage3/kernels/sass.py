@@ -181,7 +181,7 @@ def _named(kernels: list[Kernel], machine: Machine) -> list[Kernel]:
 
 
 def _short(name: str) -> str:
-    """"void a::b<128, true>(int*)" -> "b<128, true>"."""
+    """ "void a::b<128, true>(int*)" -> "b<128, true>"."""
     name = name.replace("(int)", "").replace("(bool)1", "true").replace("(bool)0", "false")
     name = name.replace("(anonymous namespace)::", "")
     depth, end = 0, len(name)
@@ -197,4 +197,3 @@ def _short(name: str) -> str:
 
 def _row(cells: Sequence[object]) -> str:
     return "  " + "".join(f"{cell!s:<9}" if i == 0 else f"{cell!s:>10}" for i, cell in enumerate(cells))
-

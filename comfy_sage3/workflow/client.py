@@ -55,9 +55,7 @@ class ComfyClient:
     def __enter__(self) -> ComfyClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -79,9 +77,7 @@ class ComfyClient:
 
         ``previews`` asks for pictures while it samples (servers before ComfyUI 0.3.70 go by their own setting).
         """
-        with contextlib.suppress(
-            OSError
-        ):  # events only add progress; without them wait() asks from time to time
+        with contextlib.suppress(OSError):  # events only add progress; without them wait() asks from time to time
             self._listen()
         body: dict[str, Any] = {"prompt": workflow, "client_id": self.client_id}
         if previews:
@@ -94,9 +90,7 @@ class ComfyClient:
         prompt_id = accepted["prompt_id"]
         if accepted.get("node_errors"):  # the server would run the rest and leave part of the outputs out
             self.cancel(prompt_id)
-            raise EngineError(
-                f"The server refused part of the workflow: {_refusal(json.dumps(accepted).encode())}."
-            )
+            raise EngineError(f"The server refused part of the workflow: {_refusal(json.dumps(accepted).encode())}.")
         return prompt_id
 
     def wait(
@@ -118,14 +112,10 @@ class ComfyClient:
                 return _completed(entry)
             if deadline is not None and time.monotonic() > deadline:
                 self.cancel(prompt_id)
-                raise EngineError(
-                    f"The workflow did not finish within {timeout:g} s and was cancelled: allow it more time."
-                )
+                raise EngineError(f"The workflow did not finish within {timeout:g} s and was cancelled: allow it more time.")
             self._follow(prompt_id, on_progress, POLL_SECONDS, on_picture)
             if entry is None and not self._queued(prompt_id) and self.history(prompt_id) is None:
-                raise EngineError(
-                    "The server no longer knows the workflow: it was restarted or its history was cleared."
-                )
+                raise EngineError("The server no longer knows the workflow: it was restarted or its history was cleared.")
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """What the server recorded about ``prompt_id``; None while it is waiting or running."""
@@ -154,16 +144,12 @@ class ComfyClient:
             with self._open(f"/view?{query}") as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise EngineError(
-                f"The server did not give {file.filename} (HTTP {error.code}): look into its log."
-            ) from None
+            raise EngineError(f"The server did not give {file.filename} (HTTP {error.code}): look into its log.") from None
 
     def _listen(self) -> WebSocket:
         if self._events is None:
             scheme, rest = self.url.split("://", 1)
-            self._events = WebSocket(
-                f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={self.client_id}"
-            )
+            self._events = WebSocket(f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={self.client_id}")
         return self._events
 
     def _follow(
@@ -187,11 +173,7 @@ class ComfyClient:
 
     def _queued(self, prompt_id: str) -> bool:
         queue = self._json("/queue")
-        return any(
-            item[1] == prompt_id
-            for name in ("queue_running", "queue_pending")
-            for item in queue.get(name, ())
-        )
+        return any(item[1] == prompt_id for name in ("queue_running", "queue_pending") for item in queue.get(name, ()))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         with self._open(path, json.dumps(body).encode()):
@@ -202,13 +184,9 @@ class ComfyClient:
             with self._open(path) as answer:
                 data = json.load(answer)
         except urllib.error.HTTPError as error:
-            raise EngineError(
-                f"{self.url}{path} answered HTTP {error.code}: is this a ComfyUI server?"
-            ) from None
+            raise EngineError(f"{self.url}{path} answered HTTP {error.code}: is this a ComfyUI server?") from None
         except ValueError:
-            raise EngineError(
-                f"{self.url}{path} did not answer with JSON: is this a ComfyUI server?"
-            ) from None
+            raise EngineError(f"{self.url}{path} did not answer with JSON: is this a ComfyUI server?") from None
         return data
 
     def _open(self, path: str, body: bytes | None = None) -> Any:
@@ -272,9 +250,7 @@ def _files(entry: dict[str, Any]) -> Iterator[OutputFile]:
         for items in ui.values():
             for item in items if isinstance(items, list) else ():
                 if isinstance(item, dict) and "filename" in item:
-                    yield OutputFile(
-                        node, item["filename"], item.get("subfolder", ""), item.get("type", "output")
-                    )
+                    yield OutputFile(node, item["filename"], item.get("subfolder", ""), item.get("type", "output"))
 
 
 def _one_line(text: str, limit: int = 300) -> str:

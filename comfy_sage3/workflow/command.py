@@ -20,19 +20,11 @@ from .server import serve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run``."""
-    parser.add_argument(
-        "workflow", type=Path, help="a workflow in API format, such as workflows/api/text_to_video_ab.json"
-    )
+    parser.add_argument("workflow", type=Path, help="a workflow in API format, such as workflows/api/text_to_video_ab.json")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--server", metavar="URL", help="a running ComfyUI with this pack, such as http://127.0.0.1:8188"
-    )
-    where.add_argument(
-        "--comfyui", type=Path, metavar="PATH", help="a ComfyUI checkout: start it for this run"
-    )
-    parser.add_argument(
-        "--python", type=Path, metavar="EXE", help="with --comfyui: the Python to run it with"
-    )
+    where.add_argument("--server", metavar="URL", help="a running ComfyUI with this pack, such as http://127.0.0.1:8188")
+    where.add_argument("--comfyui", type=Path, metavar="PATH", help="a ComfyUI checkout: start it for this run")
+    parser.add_argument("--python", type=Path, metavar="EXE", help="with --comfyui: the Python to run it with")
     parser.add_argument("--port", type=int, help="with --comfyui: the port to use (default: a free one)")
     parser.add_argument("--cpu", action="store_true", default=None, help="with --comfyui: do not use the GPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/NAME)")
@@ -88,9 +80,7 @@ def prepare(out: Path) -> Path:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise InputError(
-            f"Nothing can be written to {out} ({error.strerror}): give another folder with --out."
-        ) from None
+        raise InputError(f"Nothing can be written to {out} ({error.strerror}): give another folder with --out.") from None
     return out
 
 
@@ -114,18 +104,14 @@ def _write(path: Path, data: bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): free some space or give another --out."
-        ) from None
+        raise InputError(f"{path} cannot be written ({error.strerror}): free some space or give another --out.") from None
     return path
 
 
 def _client(args: argparse.Namespace) -> contextlib.AbstractContextManager[ComfyClient]:
     if args.server:
         if args.python or args.port is not None or args.cpu:
-            raise InputError(
-                "--python, --port and --cpu start a server: use them with --comfyui, not with --server."
-            )
+            raise InputError("--python, --port and --cpu start a server: use them with --comfyui, not with --server.")
         return ComfyClient(args.server)
     return serve(args.comfyui, python=args.python, port=args.port, cpu=args.cpu)
 

@@ -23,27 +23,18 @@ def load_workflow(path: Path) -> Workflow:
             f"The workflow {path} cannot be read ({error.strerror}): check the path and its permissions."
         ) from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(
-            f"The workflow {path} is not valid JSON ({error}): export it again from ComfyUI."
-        ) from None
+        raise InputError(f"The workflow {path} is not valid JSON ({error}): export it again from ComfyUI.") from None
     if isinstance(data, dict) and isinstance(data.get("nodes"), list):
         raise InputError(
-            f"{path} is in the editor's format, which a server cannot run: export it with 'Export (API)'"
-            f"{_sibling(path)}."
+            f"{path} is in the editor's format, which a server cannot run: export it with 'Export (API)'{_sibling(path)}."
         )
     if isinstance(data, dict) and set(data) >= {"prompt"} and isinstance(data["prompt"], dict):
         data = data["prompt"]  # the body of a request to /prompt
     if not isinstance(data, dict) or not data:
         raise InputError(f"{path} is not a workflow: export one from ComfyUI with 'Export (API)'.")
     for key, node in data.items():
-        if not (
-            isinstance(node, dict)
-            and isinstance(node.get("class_type"), str)
-            and isinstance(node.get("inputs"), dict)
-        ):
-            raise InputError(
-                f"{path} is not a workflow in API format (node {key!r}): export it with 'Export (API)'."
-            )
+        if not (isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)):
+            raise InputError(f"{path} is not a workflow in API format (node {key!r}): export it with 'Export (API)'.")
     return data
 
 
@@ -57,9 +48,7 @@ def set_input(workflow: Workflow, assignment: str) -> None:
         raise InputError(f"The workflow has no node {key!r}: it has {', '.join(workflow)}.")
     inputs = workflow[key]["inputs"]
     if name not in inputs:
-        raise InputError(
-            f"Node {key} ({workflow[key]['class_type']}) has no input {name!r}: it has {', '.join(inputs)}."
-        )
+        raise InputError(f"Node {key} ({workflow[key]['class_type']}) has no input {name!r}: it has {', '.join(inputs)}.")
     try:
         inputs[name] = json.loads(text)
     except ValueError:

@@ -35,9 +35,7 @@ def serve(
     with the block.
     """
     if not (comfyui / "main.py").is_file() or not (comfyui / "comfy").is_dir():
-        raise InputError(
-            f"{comfyui} is not a ComfyUI folder (no main.py and comfy/ in it): give the path of a checkout."
-        )
+        raise InputError(f"{comfyui} is not a ComfyUI folder (no main.py and comfy/ in it): give the path of a checkout.")
     comfyui = comfyui.resolve()
     interpreter = find_python(comfyui, python)
     if port is not None:
@@ -69,9 +67,7 @@ def find_python(comfyui: Path, python: Path | None = None) -> Path:
     """The Python to run ComfyUI with: the one given, else the checkout's own environment's, else this one."""
     if python is not None:
         if shutil.which(python) is None:
-            raise InputError(
-                f"{python} is not a program that can be run: give the Python of ComfyUI's environment."
-            )
+            raise InputError(f"{python} is not a program that can be run: give the Python of ComfyUI's environment.")
         return python
     inside = [f"{venv}/{exe}" for venv in (".venv", "venv") for exe in ("bin/python", "Scripts/python.exe")]
     for place in (*inside, "../python_embeded/python.exe"):
@@ -84,9 +80,7 @@ def pack_folder() -> Path:
     """The folder that ComfyUI is to load as a custom node: the checkout this package lies in."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "__init__.py").is_file() or not (root / "web").is_dir():
-        raise EngineError(
-            f"{root} is not a checkout of this project, so ComfyUI cannot load it: run this from a git clone."
-        )
+        raise EngineError(f"{root} is not a checkout of this project, so ComfyUI cannot load it: run this from a git clone.")
     return root
 
 
@@ -96,9 +90,7 @@ def _command(comfyui: Path, python: Path, base: Path, port: int, cpu: bool) -> l
     try:
         (nodes / PACK_NAME).symlink_to(pack_folder(), target_is_directory=True)
     except OSError as error:
-        raise EngineError(
-            f"A link to the pack cannot be made ({error}): start ComfyUI yourself and use --server."
-        ) from None
+        raise EngineError(f"A link to the pack cannot be made ({error}): start ComfyUI yourself and use --server.") from None
     command = [str(python), "main.py", "--listen", HOST, "--port", str(port), "--base-directory", str(base)]
     command += ["--disable-auto-launch", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME]
     command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
@@ -121,9 +113,7 @@ def _wants_cpu(python: Path, cpu: bool | None) -> bool:
     asked = subprocess.run([str(python), "-c", question], capture_output=True, text=True, check=False)
     if asked.returncode:
         reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise EngineError(
-            f"{python} cannot import torch ({reason}): give ComfyUI's own Python with --python."
-        )
+        raise EngineError(f"{python} cannot import torch ({reason}): give ComfyUI's own Python with --python.")
     return asked.stdout.strip() != "True"
 
 
@@ -131,9 +121,7 @@ def _wait_until_up(client: ComfyClient, process: subprocess.Popen[bytes], log: P
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise EngineError(
-                f"ComfyUI stopped while starting (exit status {process.returncode}): {_last_words(log)}"
-            )
+            raise EngineError(f"ComfyUI stopped while starting (exit status {process.returncode}): {_last_words(log)}")
         with contextlib.suppress(EngineError):
             client.system_stats()
             return
@@ -185,12 +173,8 @@ def _free_port() -> int:
 
 def _check_free(port: int) -> None:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a server that has just ended does not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended does not count
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise InputError(
-                f"Port {port} cannot be used ({error}): give another, or leave --port out."
-            ) from None
+            raise InputError(f"Port {port} cannot be used ({error}): give another, or leave --port out.") from None

@@ -49,9 +49,7 @@ def hooked(backend):
     return call
 
 
-def sdpa(
-    q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
-):
+def sdpa(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
     """A backend: PyTorch's attention behind the hook's arguments."""
     if not skip_reshape:
         head_dim = q.shape[-1] // heads
@@ -164,9 +162,7 @@ def modules() -> dict[str, types.ModuleType]:
             self.options = options
 
     def kind():
-        return types.SimpleNamespace(
-            Input=type("Input", (Recorded,), {}), Output=type("Output", (Recorded,), {})
-        )
+        return types.SimpleNamespace(Input=type("Input", (Recorded,), {}), Output=type("Output", (Recorded,), {}))
 
     kinds = {
         k: kind()
@@ -190,9 +186,7 @@ def modules() -> dict[str, types.ModuleType]:
         pass
 
     folders: dict[str, list[str]] = {}
-    wrappers = types.SimpleNamespace(
-        OUTER_SAMPLE="outer_sample", PREDICT_NOISE="predict_noise", APPLY_MODEL="apply_model"
-    )
+    wrappers = types.SimpleNamespace(OUTER_SAMPLE="outer_sample", PREDICT_NOISE="predict_noise", APPLY_MODEL="apply_model")
     context = types.SimpleNamespace(prompt_id="prompt-1", node_id="7")
     return {
         "comfy": module("comfy"),

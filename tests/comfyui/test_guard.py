@@ -25,9 +25,7 @@ def attend(hook, layer, mask=None, seed=0):
     """One call as a model makes it -> (B, H, Lq, D)."""
     options = {"optimized_attention_override": make_override(hook), "block_index": layer, "block_type": "double"}
     q, k, v = tensors(seed)
-    return standin.attend(
-        q, k, v, H, mask=mask, transformer_options=options, skip_reshape=True, skip_output_reshape=True
-    )
+    return standin.attend(q, k, v, H, mask=mask, transformer_options=options, skip_reshape=True, skip_output_reshape=True)
 
 
 def spoil(monkeypatch, how, kernels=("int8",), layers=None):

@@ -42,9 +42,7 @@ def test_counts_start_anew_with_each_prompt_and_add_up_within_one(comfy):
     assert seen == [4, 8, 4, 4, 4]
 
 
-@pytest.mark.parametrize(
-    ("window", "inside"), [((0, 1), 5), ((0, 0.5), 3), ((0.4, 1), 3), ((0.2, 0.6), 2), ((0.3, 0.3), 0)]
-)
+@pytest.mark.parametrize(("window", "inside"), [((0, 1), 5), ((0, 0.5), 3), ((0.4, 1), 3), ((0.2, 0.6), 2), ((0.3, 0.3), 0)])
 def test_the_window_is_compared_in_sigma(comfy, window, inside):
     model, hook = patched(comfy, start=window[0], end=window[1])
     model.sample([1.0, 0.75, 0.5, 0.25, 0.1])  # percent 0, 25, 50, 75, 90

@@ -79,9 +79,7 @@ def test_grouped_heads(split_in):
     q, k, v = tensors(kv_heads=2)
     given = hook()
     args = (q, k, v) if split_in else (flat(q), flat(k), flat(v))
-    out = standin.attend(
-        *args, H, enable_gqa=True, skip_reshape=split_in, transformer_options=options(make_override(given))
-    )
+    out = standin.attend(*args, H, enable_gqa=True, skip_reshape=split_in, transformer_options=options(make_override(given)))
     want = attention(q, k, v, enable_gqa=True, precision="int8", emulate=True)
     torch.testing.assert_close(out, flat(want), rtol=0, atol=0)
     assert given.report.accelerated == 1
@@ -170,9 +168,7 @@ def test_declined_calls_go_to_func_as_they_came(case):
 def test_exact_decisions_keep_the_users_backend(given, reason, fell_back):
     q, k, v = tensors()
     spy = Spy()
-    out = standin.hooked(spy)(
-        q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))
-    )
+    out = standin.hooked(spy)(q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given)))
     torch.testing.assert_close(out, flat(F.scaled_dot_product_attention(q, k, v)))
     assert len(spy.calls) == 1
     assert spy.calls[0][1]["_inside_attn_wrapper"] is True  # a backend may call another one without recursion
@@ -188,9 +184,7 @@ def test_a_backend_that_calls_another_hooked_backend_does_not_recurse():
     def backend(*args, **kwargs):
         return standin.attend(*args, **kwargs)  # kwargs carry the mark and transformer_options
 
-    out = standin.hooked(backend)(
-        q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))
-    )
+    out = standin.hooked(backend)(q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given)))
     assert out.shape == (B, LQ, H * D)
     assert given.report.fell_back == 1
 
@@ -227,9 +221,7 @@ def test_a_failing_kernel_costs_nothing_but_speed(monkeypatch, caplog):
     q, k, v = tensors()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            out = standin.attend(
-                q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))
-            )
+            out = standin.attend(q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given)))
     torch.testing.assert_close(out, flat(F.scaled_dot_product_attention(q, k, v)))
     (line,) = given.report.lines()
     assert line["calls"] == 3
@@ -260,18 +252,14 @@ def test_nan_is_told_not_hidden():
 def test_gradients_flow_or_the_call_is_left_alone():
     given = hook("int8")
     q, k, v = (t.requires_grad_() for t in tensors())
-    standin.attend(
-        q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))
-    ).sum().backward()
+    standin.attend(q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))).sum().backward()
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (v,))
     assert q.grad is not None
     assert given.report.lines()[0]["kernel"] == "int8-emulated"
 
     given = hook("fp4")
     q, k, v = (t.requires_grad_() for t in tensors())
-    standin.attend(
-        q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))
-    ).sum().backward()
+    standin.attend(q, k, v, H, skip_reshape=True, transformer_options=options(make_override(given))).sum().backward()
     assert v.grad.abs().sum() > 0
     (line,) = given.report.lines()
     assert (line["kernel"], line["fell_back"]) == ("int8-emulated", True)

@@ -25,9 +25,7 @@ if not os.environ.get("COMFYUI_PATH"):
     pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to run the pack in", allow_module_level=True)
 
 COMFYUI = Path(os.environ["COMFYUI_PATH"])
-PYTHON = find_python(
-    COMFYUI, Path(os.environ["COMFYUI_PYTHON"]) if os.environ.get("COMFYUI_PYTHON") else None
-)
+PYTHON = find_python(COMFYUI, Path(os.environ["COMFYUI_PYTHON"]) if os.environ.get("COMFYUI_PYTHON") else None)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +91,7 @@ def test_both_sides_run_and_report(client, tmp_path):
     total = 2 * LAYERS * STEPS  # self- and cross-attention; cond and uncond run as one batch
     assert exact.splitlines()[0] == f"{total} attention calls: 0 accelerated, 0 fell back, {total} left exact"
     half = total // 2
-    assert (
-        fp4.splitlines()[0] == f"{total} attention calls: {half} accelerated, 0 fell back, {half} left exact"
-    )
+    assert fp4.splitlines()[0] == f"{total} attention calls: {half} accelerated, 0 fell back, {half} left exact"
     assert f"{half} x fp4-emulated" in fp4
     assert f"{half} x exact: fewer than 16 tokens" in fp4
     lines = entry["outputs"]["22"]["sage3"]

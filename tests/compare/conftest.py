@@ -93,9 +93,7 @@ class StandInEngine:
 
 def frames(size: Size, offset: int) -> np.ndarray:
     """Noise by a fixed seed, one step of ``offset`` in a part of the second frame: (T, H, W, 3) uint8."""
-    video = (
-        np.random.default_rng(0).integers(20, 200, (size.frames, size.height, size.width, 3)).astype(np.uint8)
-    )
+    video = np.random.default_rng(0).integers(20, 200, (size.frames, size.height, size.width, 3)).astype(np.uint8)
     video[1, :8] += np.uint8(offset)
     return video
 

@@ -114,9 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             entry = self.server.history.get(words[1])
             self.answer({words[1]: entry} if entry else {})
         elif words[0] == "queue":
-            waiting = [
-                [0, f"p{i}"] for i in range(len(self.server.prompts)) if f"p{i}" not in self.server.history
-            ]
+            waiting = [[0, f"p{i}"] for i in range(len(self.server.prompts)) if f"p{i}" not in self.server.history]
             self.answer({"queue_running": waiting, "queue_pending": []})
         elif words[0] == "view":
             name = parse_qs(path.query)["filename"][0]
@@ -132,9 +130,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/prompt":
             prompt_id = f"p{len(self.server.prompts)}"
             self.server.prompts.append(body["prompt"])
-            threading.Thread(
-                target=self.server.execute, args=(prompt_id, body["prompt"]), daemon=True
-            ).start()
+            threading.Thread(target=self.server.execute, args=(prompt_id, body["prompt"]), daemon=True).start()
             self.answer({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
         else:
             self.answer({})
@@ -147,9 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")
-        self.send_header(
-            "Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(magic.encode()).digest()).decode()
-        )
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(magic.encode()).digest()).decode())
         self.end_headers()
         self.close_connection = True
         while True:

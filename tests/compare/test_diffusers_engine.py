@@ -150,9 +150,7 @@ def test_a_transformer_that_ran_without_a_call_is_an_error(engine):
 
 def test_a_diffusers_that_routes_otherwise_is_refused(monkeypatch):
     monkeypatch.delattr(importlib.import_module(diffusers_engine.WAN_MODULE), "dispatch_attention_fn")
-    with pytest.raises(
-        EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install 'diffusers>="
-    ):
+    with pytest.raises(EngineError, match=r"diffusers [\d.]+ does not send Wan's attention .* pip install 'diffusers>="):
         DiffusersEngine("cpu")
 
 
@@ -237,9 +235,7 @@ def test_inspection_measures_every_layer_and_step_against_exact(engine):
 
 def test_warm_up_is_short(engine):
     steps = []
-    engine.warm_up(
-        Request(REQUEST.prompt, SIZE, steps=9), EXACT, lambda done, total: steps.append((done, total))
-    )
+    engine.warm_up(Request(REQUEST.prompt, SIZE, steps=9), EXACT, lambda done, total: steps.append((done, total)))
     assert steps == [(1, 2), (2, 2)]
 
 

@@ -23,9 +23,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "_phase", lambda progress, step: train.SMALL_SIZE)
 
     def run(stage, seconds=0.5, budget=1e9):
-        args = argparse.Namespace(
-            stage=stage, out=tmp_path, budget=budget, slice=seconds, device="cpu", no_compile=True
-        )
+        args = argparse.Namespace(stage=stage, out=tmp_path, budget=budget, slice=seconds, device="cpu", no_compile=True)
         return train.run(args)
 
     return run, tmp_path

@@ -1,7 +1,7 @@
 """The GPU tests: who can run here, and the summary of a run.
 
-    python -m pytest tests/gpu                                                        needs a CUDA GPU, skips without
-    python -m pytest tests/gpu --gpu-summary benchmarks/results/tests-gpu.json        and writes what came out
+python -m pytest tests/gpu                                                        needs a CUDA GPU, skips without
+python -m pytest tests/gpu --gpu-summary benchmarks/results/tests-gpu.json        and writes what came out
 """
 
 from __future__ import annotations

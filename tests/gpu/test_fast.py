@@ -22,9 +22,7 @@ def fast():
 
 def faults(fast, tensors, mask=None, causal=False, scale=None, normal=True, lse_factor=FAST_LSE):
     got = fast.with_lse(*tensors, mask, causal, scale)
-    return problems(
-        *got, *tensors, mask, causal, scale, normal=normal, lse_factor=lse_factor, bound=FAST_NORMAL
-    )
+    return problems(*got, *tensors, mask, causal, scale, normal=normal, lse_factor=lse_factor, bound=FAST_NORMAL)
 
 
 @pytest.mark.parametrize("causal", [False, True])

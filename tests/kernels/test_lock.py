@@ -42,8 +42,9 @@ def holder(path):
 
 def test_a_timeout_names_the_holder_and_waiting_is_said_once(path, holder):
     said = []
-    with pytest.raises(LockTimeout, match=rf"process {holder.pid} on .*\(since .*lock file"), locked(
-        path, timeout=0.35, say=said.append
+    with (
+        pytest.raises(LockTimeout, match=rf"process {holder.pid} on .*\(since .*lock file"),
+        locked(path, timeout=0.35, say=said.append),
     ):
         pass
     assert len(said) == 1
@@ -107,8 +108,15 @@ def test_windows_locks_a_byte_behind_the_text_so_that_the_holder_can_be_read(pat
         assert free.at == lock.LOCK_BYTE > len(path.read_bytes())
         assert path.read_text().startswith(f"process {os.getpid()} ")
     busy = Msvcrt(held=True)
-    with pytest.raises(LockTimeout, match="process "), locked(
-        path, timeout=1, take=lambda file: try_lock_msvcrt(file, busy), clock=iter(range(9)).__next__, sleep=lambda s: None
+    with (
+        pytest.raises(LockTimeout, match="process "),
+        locked(
+            path,
+            timeout=1,
+            take=lambda file: try_lock_msvcrt(file, busy),
+            clock=iter(range(9)).__next__,
+            sleep=lambda s: None,
+        ),
     ):
         pass
 

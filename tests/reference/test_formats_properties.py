@@ -215,9 +215,7 @@ def test_within_a_block_the_order_is_kept(name, size, seed):
 def test_a_power_of_two_passes_through(name, size, seed, exponent):
     x = spiky(seed, 4, size)
     x[:, 0] = 6.0  # so that no scale leaves e4m3's normal range
-    assert torch.equal(
-        formats.round_blocks(x * 2.0**exponent, -1, name), formats.round_blocks(x, -1, name) * 2.0**exponent
-    )
+    assert torch.equal(formats.round_blocks(x * 2.0**exponent, -1, name), formats.round_blocks(x, -1, name) * 2.0**exponent)
 
 
 @block
@@ -231,9 +229,7 @@ def test_blocks_run_along_any_dimension(name, size, seed, shape, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**31), st.integers(-20, 12), st.booleans(), st.sampled_from(["four_or_six", "search"])
-)
+@given(st.integers(0, 2**31), st.integers(-20, 12), st.booleans(), st.sampled_from(["four_or_six", "search"]))
 def test_a_chosen_scale_never_has_a_larger_squared_error(seed, exponent, with_second, choice):
     x = torch.randn(3, 4, 5, 32, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     second = formats.second_level_scale(x) if with_second else None

@@ -21,9 +21,7 @@ class ToolchainError(Exception):
 def run_text(command: Sequence[str] | str) -> str:
     """The output of a command, both streams; "" when it cannot be started. A str goes to Windows as it is."""
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace")  # a compiler may speak the machine's own code page

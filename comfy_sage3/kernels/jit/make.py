@@ -67,9 +67,7 @@ def last_failure(setting: Setting | None = None) -> dict[str, str] | None:
         return None
 
 
-def _build(
-    setting: Setting, recipe: Recipe, toolchain: Toolchain, name: str, folder: Path, say: Say
-) -> Entry:
+def _build(setting: Setting, recipe: Recipe, toolchain: Toolchain, name: str, folder: Path, say: Say) -> Entry:
     """Compile in a private folder and publish it. The lock is held."""
     switches = setting.switches
     verbose = bool(switches.ptxas_verbose or switches.fail_on_spills)
