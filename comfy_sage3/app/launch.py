@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Sage3Error
+from .memory import one_heap
 from .services import EMBEDDED, Limits, Services
 
 LEAST = (6, 31)
@@ -155,6 +156,7 @@ def start(
 ) -> Any:
     """Launch and return (page, address) without waiting. The caller closes the page."""
     os.environ.update(QUIET)
+    one_heap()
     import gradio as gr
     from starlette.middleware import Middleware
 

@@ -1,5 +1,6 @@
 """What a process freed goes back to the system; what the soak calls flat."""
 
+import subprocess
 import sys
 import threading
 
@@ -28,6 +29,37 @@ def test_what_threads_freed_between_what_they_keep_is_given_back():
     give_back()
     assert resident() < before - 100
     assert len(kept) == 62
+
+
+SHARED = """
+import ctypes, threading
+from comfy_sage3.app.memory import one_heap
+
+one_heap()
+got = []
+malloc = ctypes.CDLL("libc.so.6").malloc
+malloc.restype = ctypes.c_void_p
+barrier = threading.Barrier(6)
+
+def work():
+    barrier.wait()
+    got.append(malloc(5000))
+    barrier.wait()
+
+threads = [threading.Thread(target=work) for _ in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+(heap,) = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]")]
+low, high = (int(end, 16) for end in heap)
+print(sum(low <= at < high for at in got), "of", len(got))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has heaps for threads, and /proc tells of them")
+def test_threads_share_one_heap():
+    """In a process of its own: a heap that a thread has already stays."""
+    ran = subprocess.run([sys.executable, "-c", SHARED], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "6 of 6", ran.stderr
 
 
 def test_a_line_through_the_later_half_tells_growth_from_noise():
