@@ -392,7 +392,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     if (thread % C::kWriters == 0) {
       auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
       const int64_t part = int64_t(number) * int8::kGradWriters + half * 4 + thread / 32;
-      int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + part;
+      [[maybe_unused]] int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + part;
       float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + part * kPart;
       if constexpr (kDeterministic) sm90::await_count(turns, first_key / kKeyTile);
       sm90::add_to_global(to, shared.sums[half] + thread / 32 * kPart, kPiece * 4);
