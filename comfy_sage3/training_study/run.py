@@ -97,8 +97,13 @@ def _work(job: tuple[Arm, Path, str, str, float]) -> tuple[Arm, str, str]:
         return arm, CUT, "the budget is spent"
     try:
         result = train(arm, Store(out), device, command, deadline)
+    except torch.OutOfMemoryError:  # by the others' needs as well as its own
+        return arm, CUT, "the GPU's memory is full: run again, with fewer --workers"
     except Exception as problem:
         return arm, FAILED, _short(problem)
+    finally:
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()  # what this arm kept, the other processes may need
     if result is None:
         return arm, CUT, "the budget is spent; it goes on where it is"
     return arm, DONE, told(result)
