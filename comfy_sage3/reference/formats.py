@@ -256,7 +256,7 @@ def quantize_blocks_quick(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fp16_square_sum(y: Tensor) -> Tensor:
-    """The squares of what rounding fp16 magnitudes y (..., 16) to e2m1 changes, summed (...) in the kernel's order, fp16 as fp32.
+    """The squares of what rounding fp16 magnitudes y (..., 16) to e2m1 changes, summed (...) in the kernel's order, fp32.
 
     Rounding goes on above 6 in steps of 2, 4, ... Two sums in fp16, of numbers 0-3 and 8-11 and of the others, by fused
     multiply-adds: fp64 holds their exact results.
@@ -327,9 +327,7 @@ class BlockScaled:
         return values if self.second_level is None else values * self.second_level
 
 
-def quantize_blocks(
-    x: Tensor, block_format: BlockFormat = "nvfp4", second_level: Tensor | None = None
-) -> BlockScaled:
+def quantize_blocks(x: Tensor, block_format: BlockFormat = "nvfp4", second_level: Tensor | None = None) -> BlockScaled:
     """``x`` (..., n) in packed 4-bit codes with a scale per block of its last dimension.
 
     A block whose scale rounds to zero is all zeros; a block holding a NaN has a NaN scale.

@@ -249,9 +249,7 @@ class _Fp4Operands:
         return replace(self, **tensors)
 
 
-def _studied_operands(
-    q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options
-) -> _Fp4Operands:
+def _studied_operands(q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options) -> _Fp4Operands:
     """Q, K and V by the choices of ``options``."""
     block = BLOCK_SIZE[options.block_format]
     q32, k32, v32 = q.float(), k.float(), v.float()
@@ -288,9 +286,7 @@ def _studied_operands(
 _LEAST_UNIT = 1e-30  # in the kernel too: where scores count nothing, what hides them still is a number
 
 
-def _kernel_operands(
-    q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options
-) -> _Fp4Operands:
+def _kernel_operands(q: Tensor, k: Tensor, v: Tensor, shape: Shape, softmax: float, options: Fp4Options) -> _Fp4Operands:
     """Q, K and V as ``operands`` has them; the sign of the softmax scale is in Q's codes."""
     queries, keys, values = (
         operands.quantize_queries(q, softmax), operands.quantize_keys(k), operands.quantize_values(v)

@@ -51,9 +51,7 @@ class Shape:
         if k.shape != v.shape:
             raise InputError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}.")
         if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise InputError(
-                f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch size and head_dim."
-            )
+            raise InputError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch size and head_dim.")
         heads, kv_heads = q.shape[1], k.shape[1]
         if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
             raise InputError(f"{heads} query heads cannot share {kv_heads} key heads: give a multiple.")
