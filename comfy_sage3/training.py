@@ -92,7 +92,7 @@ def attention(
 
     Args:
         q: (B, H, Lq, D) in layout "HND", (B, Lq, H, D) in "NHD"; fp16, bf16 or fp32. The Hopper kernel gives gradients up to
-            a head_dim of 128.
+            a head_dim of 128, Triton's up to 256.
         k, v: (B, Hkv, Lk, D) or (B, Lk, Hkv, D), q's dtype and device. Hkv == H unless ``enable_gqa``. Any of the three may
             be the same tensor as another, and any of them may not require grad.
         mask: bool (True = attend) or floating (added to the scaled scores), broadcastable to (B, H, Lq, Lk). A row that may
@@ -101,8 +101,9 @@ def attention(
         scale: of the scores; None means D ** -0.5.
         enable_gqa: let q have a multiple of the heads of k and v; their gradients are summed over the heads they served.
         precision: "int8", or any other of ``comfy_sage3.attention``: all but "exact" and "auto" train as int8.
-        deterministic: True: the same bits in every run, at some cost in time (dk and dv are anyway, dq is added up by atomic
-            operations else). None: as ``torch.use_deterministic_algorithms`` says.
+        deterministic: True: the same bits in every run, at some cost in time. Else dq of the Hopper kernel is added up in
+            the order in which its blocks finish; dk, dv and all of Triton's are the same bits anyway. None: as
+            ``torch.use_deterministic_algorithms`` says.
         return_lse: also return the natural log-sum-exp of each row's scores; it may be differentiated.
         emulate: run 8 bits in plain PyTorch where there is no kernel: true to their quality, slow.
         report: where calls and their gradients are counted; None means ``report.process_report``.

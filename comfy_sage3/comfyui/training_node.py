@@ -25,8 +25,9 @@ class Sage3TrainingAttention(io.ComfyNode):
             category="sage3",
             description=(
                 "Put it between the model loader and Train LoRA. Attention that needs gradients runs in 8 bits, forward "
-                "and backward, where a kernel for it exists, and through exact attention elsewhere: gradients are never "
-                "lost without a word. After training the node says what ran, how long it took and how much memory."
+                "and backward, where a kernel for it exists (NVIDIA GPUs of sm_80 to sm_90, sm_120 and sm_121; all but "
+                "Hopper by Triton), and through exact attention elsewhere: gradients are never lost without a word. After "
+                "training the node says what ran, how long it took and how much memory."
             ),
             inputs=[
                 io.Model.Input("model"),
