@@ -6,6 +6,7 @@ attention keeps the 8 of q, k, v and out in bf16 (head dims of 64, 96 and 128; o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _(
 
 
 @gradient.register_fake
-def _(
+def faked_gradient(
     dout: Tensor,
     dlse: Tensor | None,
     saved: Tensor,
@@ -123,11 +124,13 @@ def _(
     deterministic: bool,
     note: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``gradient`` returns, empty."""
     shape = (dout.shape[0], kv_heads, keys, dout.shape[3])
     return dout.new_empty(dout.shape), dout.new_empty(shape), dout.new_empty(shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what ``backward_by`` takes: of ``attend`` here and of every op that takes and gives the same."""
     q, k, _, mask, ctx.is_causal, ctx.scale, _, ctx.deterministic, ctx.note = inputs
     ctx.kv_heads, ctx.keys = k.shape[1], k.shape[2]
     _, _, saved, out8, rows = output
@@ -137,20 +140,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    saved, out8, rows, mask = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 9
-    if dout is None:
-        dout = torch.zeros(out8.shape, dtype=ctx.like, device=out8.device)
-    if dlse is not None:
-        dlse = dlse.float().contiguous()
-    grads = gradient(
-        dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic,
-        ctx.note,
-    )  # fmt: skip
-    return (*grads, None, None, None, None, None, None)
+def backward_by(gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an op that ``save`` was for, by an op that takes and gives what ``gradient`` here does."""
+
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        saved, out8, rows, mask = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 9
+        if dout is None:
+            dout = torch.zeros(out8.shape, dtype=ctx.like, device=out8.device)
+        if dlse is not None:
+            dlse = dlse.float().contiguous()
+        grads = gradient(
+            dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, ctx.deterministic,
+            ctx.note,
+        )  # fmt: skip
+        return (*grads, None, None, None, None, None, None)
+
+    return backward
 
 
-attend.register_autograd(_backward, setup_context=_save)
+attend.register_autograd(backward_by(gradient), setup_context=save)
 gradient.register_autograd(no_second_derivative)

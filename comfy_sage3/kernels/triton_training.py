@@ -399,36 +399,6 @@ def _(
     )
 
 
-@gradient.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    saved: Tensor,
-    out8: Tensor,
-    rows: Tensor,
-    mask: Tensor | None,
-    kv_heads: int,
-    keys: int,
-    is_causal: bool,
-    scale: float,
-    deterministic: bool,
-    note: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (dout.shape[0], kv_heads, keys, dout.shape[3])
-    return dout.new_empty(dout.shape), dout.new_empty(shape), dout.new_empty(shape)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    saved, out8, rows, mask = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 9
-    if dout is None:
-        dout = torch.zeros(out8.shape, dtype=ctx.like, device=out8.device)
-    if dlse is not None:
-        dlse = dlse.float().contiguous()
-    grads = gradient(dout, dlse, saved, out8, rows, mask, ctx.kv_heads, ctx.keys, ctx.is_causal, ctx.scale, True, ctx.note)
-    return (*grads, None, None, None, None, None, None)
-
-
-attend.register_autograd(_backward, setup_context=training._save)
+gradient.register_fake(training.faked_gradient)
+attend.register_autograd(training.backward_by(gradient), setup_context=training.save)
 gradient.register_autograd(no_second_derivative)
