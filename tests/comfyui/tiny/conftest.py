@@ -44,6 +44,11 @@ def all_together(tmp_path_factory):
     return drive("together", tmp_path_factory.mktemp("together"))
 
 
+@pytest.fixture(scope="session")
+def all_offload(tmp_path_factory):
+    return drive("offload", tmp_path_factory.mktemp("offload"))
+
+
 @pytest.fixture
 def models(all_models):
     return lambda name: _seen(all_models, name)
@@ -52,6 +57,11 @@ def models(all_models):
 @pytest.fixture
 def together(all_together):
     return lambda name: _seen(all_together, name)
+
+
+@pytest.fixture
+def offload(all_offload):
+    return lambda name: _seen(all_offload, name)
 
 
 def _seen(seen, name):

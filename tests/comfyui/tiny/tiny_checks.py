@@ -286,8 +286,8 @@ def batches(lab: Lab) -> dict[str, Any]:
     return seen
 
 
-def lora(lab: Lab) -> dict[str, Any]:
-    """A LoRA before and after our node does what it does without it."""
+def write_lora() -> None:
+    """tiny.safetensors among the LoRAs: the self-attention of every layer of Wan."""
     import folder_paths
     from safetensors.torch import save_file
 
@@ -299,6 +299,11 @@ def lora(lab: Lab) -> dict[str, Any]:
             file[f"{key}.lora_A.weight"] = torch.randn(4, 256, generator=generator)
             file[f"{key}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.1
     save_file(file, f"{folder_paths.get_folder_paths('loras')[0]}/tiny.safetensors")
+
+
+def lora(lab: Lab) -> dict[str, Any]:
+    """A LoRA before and after our node does what it does without it."""
+    write_lora()
 
     def made(order: str, **settings: Any) -> Prompt:
         prompt, model = graph("wan"), ["1", 0]
@@ -453,9 +458,13 @@ def no_hook(lab: Lab) -> dict[str, Any]:
 
 
 def group(name: str) -> dict[str, Check]:
-    """The checks of "models" or "together"."""
+    """The checks of "models", "together" or "offload"."""
     if name == "models":
         return {model: one_model(model) for model in MODELS} | {"unet": unet, "batches": batches}
+    if name == "offload":
+        from tiny_offload import GROUP  # which builds on this module
+
+        return GROUP
 
     def of_kernel() -> Exception:
         return RuntimeError("an illegal memory access was encountered\nin the kernel")

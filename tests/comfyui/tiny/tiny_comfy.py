@@ -38,6 +38,10 @@ class Server:
 
     def queue_updated(self) -> None: ...
 
+    def get_current_queue_volatile(self) -> tuple[list[Any], list[Any]]:
+        """What runs and what waits: prompts here never pass through a queue."""
+        return [], []
+
 
 class Routes:
     """Takes every route and serves none."""

@@ -1,4 +1,4 @@
-"""Checks inside a real ComfyUI on tiny models; test_tiny_models.py and test_tiny_together.py assert on what it prints.
+"""Checks inside a real ComfyUI on tiny models; test_tiny_*.py assert on what it prints.
 
     python tiny_driver.py COMFYUI PACK FOLDER GROUP
 
