@@ -257,7 +257,7 @@ class _Units:
 
     a (B, H, Lq): a <= max|dO| < 2 a. dout (B, H, Lq, D): dO / a in steps of e4m3 of 128 times that. q (B, H, Lq, D): Q in
     steps of e4m3 as its largest magnitude in a kv head is 128 to 256. value (B, Hkv, 1): V times it makes 256 (dP - delta)
-    of normal inputs about 60; beyond 448 it is limited.
+    of normal inputs about 30; beyond 448 it is limited, which with one channel it never is.
     """
 
     a: Tensor
@@ -274,8 +274,8 @@ class _Units:
         level = level.clamp_min_(2.0**-126)[..., None, None]
         off = (v - smoothing.token_mean(v)).abs().amax(-2)  # (B, Hkv, D)
         unit = _power_below(off.amax(-1, keepdim=True))
-        bound = (off / unit).square_().sum(-1, keepdim=True).mul_(v.shape[-1]).sqrt_() / 32.0
-        value = 0.5 / _power_below((unit * bound).clamp_min_(2.0**-100))
+        reach = (off / unit).square_().sum(-1, keepdim=True).sqrt_() * (4.0 * (0.35 + 0.65 / v.shape[-1]))
+        value = 0.5 / _power_below((unit * (reach * (256.0 / 448.0))).clamp_min_(2.0**-100))
         value = torch.where(off.amax(-1, keepdim=True) > 0, value, torch.ones_like(value))
         return cls(a, dout8, _round_e4m3_(q / level).mul_(level), value)
 

@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
 #pragma unroll
   for (int c = 0; c < kGroups; ++c) atomicMax(&most_v[c], __float_as_int(largest[c]));
   __syncthreads();
-  if (threadIdx.x < D) {  // the farthest that a value lies from its channel's mean
-    const float off = 127.0f * __int_as_float(most_v[threadIdx.x / 32]) * p.saved<float>(p.from.v_norm)[kv * D + threadIdx.x];
-    square[threadIdx.x] = off;
+  if (threadIdx.x < D) {  // the farthest that a value lies from its channel's mean; a norm of 1 is that of a constant
+    const float norm = p.saved<float>(p.from.v_norm)[kv * D + threadIdx.x];
+    square[threadIdx.x] = norm == 1.0f ? 0.0f : 127.0f * __int_as_float(most_v[threadIdx.x / 32]) * norm;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
   for (int c = 0; c < D; ++c) top = max_nan(top, square[c]);
   const float unit = power_below(top), inverse = inverse_of_power(unit);
   for (int c = 0; c < D; ++c) sum = fmaf(square[c] * inverse, square[c] * inverse, sum);
-  // |dP - delta| is at most 2 |dO / a| |v - mean|, and the first of these less than 2 sqrt(D). A 128th of that bound is
-  // taken for granted: on N(0,1) that is six times the typical value. What is beyond it is limited.
-  const float bound = 4.0f * sqrtf(static_cast<float>(D) * sum) * (1.0f / 128.0f);  // times unit
+  // How far dP may lie from delta: with one channel 4 times the farthest value, for dO / a is below 2; with many, dO and V are
+  // not alike, and on N(0,1) this is ten times the typical distance at 128 channels. What is beyond it is limited.
+  const float reach = 4.0f * (0.35f + 0.65f / static_cast<float>(shape.head_dim)) * sqrtf(sum);  // times unit
   GradLevel& level = p.level(batch, (kv - batch * shape.kv_heads) * group);
-  level.value = top == 0.0f || !(top < -kNegativeInfinity) ? 1.0f : inverse_of_power(power_below(unit * bound)) * 0.5f;
+  level.value = top == 0.0f || !(top < -kNegativeInfinity) ? 1.0f : inverse_of_power(power_below(unit * (reach * (256.0f / 448.0f)))) * 0.5f;
   const float query = __int_as_float(most_q) * (127.0f * kLn2);
   level.query = query == 0.0f ? 1.0f : power_below(query) * (1.0f / 128.0f);
 }

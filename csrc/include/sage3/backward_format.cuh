@@ -20,7 +20,7 @@
 //
 //   p   = P a / gain            at most 256, and not far below: by the largest weight times a of the tile's queries
 //   do  = dO / a                in dout16; 128 times that, below 256, in dout8
-//   v   = V value               so that p (dP - delta) is below 448; about 60 where p is 256 and all is normal
+//   v   = V value               so that p (dP - delta) is below 448; about 30 where p is 256 and all is normal
 //   q   = Q scale / query       at most 256, in q8t
 //
 // All of this is exact in floating point. Then p^T do is dV / gain, and ds = p (v do - delta value / a) is dS value / gain.
