@@ -30,8 +30,11 @@ def place():
         grad: decide(Call(shape, shape, torch.float32, "cuda", capability, needs_grad=grad), "int8")
         for grad in (True, False)
     }
-    if asked[True].kernel == "exact":
-        pytest.skip(f"no kernel of this version gives gradients on sm_{capability[0]}{capability[1]}")
+    if capability < (8, 0):
+        pytest.skip("8-bit gradients need a GPU of sm_80 or newer")
+    if capability != (9, 0):  # where the compiled kernels have no gradient
+        pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
+    assert asked[True].kernel != "exact", asked[True].reason
     return Place("cuda", asked[True].kernel, asked[False].kernel, emulate=False, least=LEAST)
 
 

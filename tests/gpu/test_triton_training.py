@@ -18,6 +18,7 @@ from comfy_sage3.kernels import triton_training
 from ..training_cases import exact
 from . import calls
 from .exact import relative_l1
+from .test_backward import bounds, largest_row
 
 NAMES = ("dq", "dk", "dv")
 LEAST = 0.9995  # cosine with fp64 on N(0,1) inputs: the bar is 0.999 each
@@ -26,8 +27,8 @@ OF_REFERENCE, BESIDES = 1.25, 0.004  # of the relative L1 of the reference: scal
 
 @pytest.fixture(autouse=True)
 def _triton():
-    if why := triton_training.absent():
-        pytest.skip(why)
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
+    assert triton_training.absent() is None
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("Triton's 8-bit products need a GPU of sm_80 or newer")
 
@@ -77,9 +78,18 @@ def test_head_dims_and_dtypes(d, dtype):
 @pytest.mark.parametrize("lq", [2, 63, 64, 65, 203, 1025])
 @pytest.mark.parametrize("lk", [97, 128, 129, 1023])
 def test_lengths(lq, lk, causal):
-    if causal and lq == 2:
-        pytest.skip("two queries that see one key and two have next to no gradient of q")
-    check(*inputs(lq, lk, 128), causal)
+    tensors = inputs(lq, lk, 128)
+    if not (causal and lq == 2):
+        return check(*tensors, causal)
+    # Two queries that see one key and two: gradients of q and k are a hundredth of what they could be, of which 8 bits leave
+    # up to 0.0012. Their direction says little; their error is small beside that size.
+    q, k, v, dout = tensors
+    _, got = ours(q, k, v, dout, causal)
+    want = exact(q, k, v, dout, None, causal, None, None)[2:]
+    for name, a, e, bound in zip(NAMES, got, want, bounds(q, k, v, dout, None), strict=True):
+        assert a.isfinite().all(), name
+        assert largest_row(a.double() - e) < (0.02 if name == "dv" else 0.004) * bound, name
+    assert cosine(got[2], want[2]) > LEAST
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
