@@ -48,7 +48,6 @@ struct Config {
   // Threads that add their sums to global memory in one piece: a warp or a warpgroup. Pieces of 4 KB took 4 % more time at
   // head dim 128 than those of 16 KB; at 64 it is the warpgroup's barrier that takes 4 % more.
   static constexpr int kWriters = D == 128 ? 128 : 32;
-  static constexpr sm90::Old kFirst = sm90::kReplaced;
 };
 
 template <int D>
@@ -139,6 +138,16 @@ template <int kWidth>
 __device__ __forceinline__ uint64_t operand(const unsigned char* tile, int rows, int step) {
   const int byte = 32 * step;
   return sm90::operand(tile, kWidth) + (byte / kWidth * rows * kWidth + byte % kWidth) / 16;
+}
+
+// The first of two arrays, or the second.
+template <bool kFirst, class First, class Second>
+__device__ __forceinline__ auto& either(First& first, Second& second) {
+  if constexpr (kFirst) {
+    return first;
+  } else {
+    return second;
+  }
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
@@ -264,7 +273,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     for (int step = 0; step < D / 32; ++step) {
       const uint64_t a = operand<kRow8>(shared.k8 + 64 * half * kRow8, kKeyTile, step);
       const uint64_t b = operand<kRow8>(queries.q8, kQueryTile, step);
-      step == 0 ? sm90::multiply_s8<C::kFirst>(to, a, b) : sm90::multiply_s8<sm90::kAdded>(to, a, b);
+      step == 0 ? sm90::multiply_s8<sm90::kReplaced>(to, a, b) : sm90::multiply_s8<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
@@ -274,7 +283,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     for (int step = 0; step < D / 16; ++step) {
       const uint64_t a = operand<kRow16>(shared.keys.v16 + 64 * half * kRow16, kKeyTile, step);
       const uint64_t b = operand<kRow16>(queries.dout16, kQueryTile, step);
-      step == 0 ? sm90::multiply_bf16<C::kFirst>(to, a, b) : sm90::multiply_bf16<sm90::kAdded>(to, a, b);
+      step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(to, a, b) : sm90::multiply_bf16<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
@@ -349,10 +358,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
 
     multiply(dv, p8, queries.dout8);
     multiply(dk, ds8, queries.q8t);
-    int(&sums)[kSums] = [&]() -> int(&)[kSums] {
-      if constexpr (kSums == kScores) return x;
-      else return apart;
-    }();
+    int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
     sm90::sync_threads<1, 256>();  // dS of all keys is there; the other buffer has been read, and so have the last sums
     sm90::wgmma_begin();
@@ -361,7 +367,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       const int block = step / 4;  // of 64 keys
       const uint64_t a = sm90::operand(shared.ds[stage] + block * kQueryTile * 128, 128) + step % 4 * 2;
       const uint64_t b = sm90::operand(shared.keys.k16 + (block * D + half * (D / 2)) * 128, 128) + step % 4 * 2;
-      step == 0 ? sm90::multiply_bf16<C::kFirst>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
+      step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
     const int number = shared.number[stage];

@@ -55,13 +55,11 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
 }
 
 // What becomes of the accumulator's old value. kReplaced: it counts for nothing, but is an input all the same, so that the
-// compiler takes the registers that hold it; for a mere output, kIgnored, it may take others.
-enum Old { kAdded, kReplaced, kIgnored };
+// compiler takes the registers that hold it.
+enum Old { kAdded, kReplaced };
 
 #define SAGE3_IN_OUT(d, i) \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
-#define SAGE3_OUT(d, i) \
-  "=r"(d[i]), "=r"(d[i + 1]), "=r"(d[i + 2]), "=r"(d[i + 3]), "=r"(d[i + 4]), "=r"(d[i + 5]), "=r"(d[i + 6]), "=r"(d[i + 7])
 #define SAGE3_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define SAGE3_D24 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}"
@@ -84,13 +82,9 @@ __device__ __forceinline__ void multiply_s8(int (&d)[32], uint64_t a, uint64_t b
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", %32, %33, 1;"
                  : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
                  : "l"(a), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", %32, %33, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "l"(a), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGE3_D32 ", %32, %33, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16), SAGE3_OUT(d, 24)
+                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
                  : "l"(a), "l"(b));
   }
 }
@@ -119,13 +113,9 @@ __device__ __forceinline__ void multiply_bf16(int (&d)[32], uint64_t a, uint64_t
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SAGE3_D32 ", %32, %33, 1, 1, 1, 0, 0;"
                  : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
                  : "l"(a), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SAGE3_D32 ", %32, %33, 0, 1, 1, 0, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
-                 : "l"(a), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SAGE3_D32 ", %32, %33, 0, 1, 1, 0, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16), SAGE3_OUT(d, 24)
+                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24)
                  : "l"(a), "l"(b));
   }
 }
@@ -136,13 +126,9 @@ __device__ __forceinline__ void multiply_bf16(int (&d)[24], uint64_t a, uint64_t
     asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 " SAGE3_D24 ", %24, %25, 1, 1, 1, 0, 0;"
                  : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
                  : "l"(a), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 " SAGE3_D24 ", %24, %25, 0, 1, 1, 0, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
-                 : "l"(a), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 " SAGE3_D24 ", %24, %25, 0, 1, 1, 0, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8), SAGE3_OUT(d, 16)
+                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16)
                  : "l"(a), "l"(b));
   }
 }
@@ -153,19 +139,14 @@ __device__ __forceinline__ void multiply_bf16(int (&d)[16], uint64_t a, uint64_t
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SAGE3_D16 ", %16, %17, 1, 1, 1, 0, 0;"
                  : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8)
                  : "l"(a), "l"(b));
-  } else if constexpr (kOld == kReplaced) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SAGE3_D16 ", %16, %17, 0, 1, 1, 0, 0;"
-                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8)
-                 : "l"(a), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SAGE3_D16 ", %16, %17, 0, 1, 1, 0, 0;"
-                 : SAGE3_OUT(d, 0), SAGE3_OUT(d, 8)
+                 : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8)
                  : "l"(a), "l"(b));
   }
 }
 
 #undef SAGE3_IN_OUT
-#undef SAGE3_OUT
 #undef SAGE3_D16
 #undef SAGE3_D24
 #undef SAGE3_D32

@@ -102,7 +102,7 @@ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | uint32_t(to_e4m3(d)) << 24;
 }
 
-enum Old { kAdded, kReplaced, kIgnored };
+enum Old { kAdded, kReplaced };
 
 template <Old kOld, int kCount>
 void multiply_s8(int (&d)[kCount], uint64_t a, uint64_t b) {
