@@ -3,9 +3,9 @@
     SAGE3_EMULATE_FP4=1 python benchmarks/fp4_quantise.py --out benchmarks/results/fp4-quantise-h200.json
 
 Needs the 4-bit kernels: a GPU of sm_12x, or the switch on sm_90. The quantisation is the same code on both: it rounds to
-e2m1 by itself. Bytes count q, k and v read once and every code and scale written once (csrc/include/sage3/nvfp4_format.cuh). The correction
-is Q's block means times K, made for a chunk of the query tiles at a time. The three take turns; medians. Exits with 2 where
-there is no such kernel.
+e2m1 by itself. Bytes count q, k and v read once and every code and scale written once
+(csrc/include/sage3/nvfp4_format.cuh). The correction is Q's block means times K, made for a chunk of the query tiles at a
+time. The three take turns; medians. Exits with 2 where there is no such kernel.
 """
 
 from __future__ import annotations
