@@ -122,10 +122,17 @@ void int8_attend_with(const Tensor& workspace, const Tensor& q, const Tensor& k,
   sage3::Int8Attend call{shape, workspace.data_ptr(), view_of(out), lse_of(lse, shape), seen.view, seen.tiles_data(), is_causal};
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, workspace.get_device()));
   call.peak = peak;
+  Tensor next_job;
   cudaError_t error = cudaErrorNotSupported;
 #ifdef SAGE3_HAS_INT8_SM90
   call.fast = kernel == "sm90-fast";
-  if (kernel == "sm90" || call.fast) error = sage3::int8_attend_sm90(call, stream);
+  if (kernel == "sm90" || call.fast) {
+    if (is_causal || mask.has_value()) {  // of other calls all jobs are alike
+      next_job = at::zeros({1}, workspace.options().dtype(at::kInt));
+      call.next_job = next_job.data_ptr<int>();
+    }
+    error = sage3::int8_attend_sm90(call, stream);
+  }
 #endif
 #ifdef SAGE3_HAS_INT8_MMA
   if (kernel == "mma") error = sage3::int8_attend_mma(call, stream);

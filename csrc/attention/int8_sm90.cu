@@ -16,7 +16,8 @@
 // FP8's accumulator keeps 14 bits, so that it would have to be promoted every tile or two as well.
 // Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, setmaxnreg; its named barriers that make
 // warpgroups take turns cost 5 % here). Quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent:
-// every multiprocessor walks over (head, query block) jobs.
+// every multiprocessor takes (head, query block) jobs, one after the other: where their lengths differ (causal, masks)
+// whoever is done takes the next (a counter in memory). Dealt out beforehand, the slowest had 10 to 36 % more than the mean.
 
 #include <algorithm>
 #include <cstddef>
@@ -35,6 +36,8 @@ namespace {
 
 using int8::kKeyTile;
 using int8::kQueryTile;
+
+constexpr int kJobSlots = 4;  // jobs that the producer may be ahead of the slowest consumer, and one
 
 // What depends on the head dim. 65,536 registers: 32 and three times 160 a thread, or 24 and twice 240.
 template <int D>
@@ -78,6 +81,9 @@ struct Shared {
   uint64_t k_full[Config<D>::kStages], k_empty[Config<D>::kStages];
   uint64_t v_full[Config<D>::kStages], v_empty[Config<D>::kStages];
   uint64_t q_full[Config<D>::kConsumers], q_empty[Config<D>::kConsumers];
+  // The number of the job of round n, in slot n % kJobSlots: the producer's choice, for all others.
+  int job[kJobSlots];
+  uint64_t job_full[kJobSlots], job_empty[kJobSlots];
 };
 
 struct Params {
@@ -157,8 +163,13 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   using C = Config<D>;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   Place<C::kStages> place;
-  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
-    const Job job(p, job_of_round(round));
+  Place<kJobSlots> slot;
+  for (int number = blockIdx.x;; slot.advance()) {
+    sm90::barrier_await(&shared.job_empty[slot.stage], slot.parity ^ 1);
+    shared.job[slot.stage] = number;
+    sm90::barrier_arrive(&shared.job_full[slot.stage]);
+    if (number >= p.jobs) return;
+    const Job job(p, number);
     const KeyTiles<D, kMask> tiles(p, job);
     const int64_t first = job.kv * p.call.shape.key_tiles();
     for (int n = tiles.from(0); n < tiles.end; n = tiles.from(n + 1), place.advance()) {
@@ -178,6 +189,8 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
       bring(v_scale, p.at.v_scale, &shared.v_full[i]);
       bring(shared.v[i], p.at.v8, &shared.v_full[i]);
     }
+    // Only now, with the stages full: a job taken early is one that an idle multiprocessor cannot have.
+    number = gridDim.x + (p.call.next_job != nullptr ? atomicAdd(p.call.next_job, 1) : number);
   }
 }
 
@@ -189,11 +202,18 @@ __device__ __forceinline__ void produce_queries(const Params& p, Shared<D>& shar
   auto& q = shared.q[consumer];
   auto& q_scale = shared.q_scale[consumer];
   uint64_t* const full = &shared.q_full[consumer];
-  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
-    const Job job(p, job_of_round(round));
+  Place<kJobSlots> slot;
+  for (uint32_t parity = 1;; parity ^= 1, slot.advance()) {
+    sm90::barrier_await(&shared.job_full[slot.stage], slot.parity);
+    const int number = shared.job[slot.stage];
+    sm90::barrier_await(&shared.q_empty[consumer], parity);
+    if (number >= p.jobs) {  // the consumer is to see it too
+      sm90::barrier_arrive(full);
+      return;
+    }
+    const Job job(p, number);
     const int tile = job.block * Config<D>::kConsumers + consumer;
     const int64_t at = (int64_t(job.batch) * p.call.shape.heads + job.head) * query_tiles + tile;
-    sm90::barrier_await(&shared.q_empty[consumer], static_cast<uint32_t>(round & 1) ^ 1);
     if (tile < query_tiles) {
       sm90::barrier_expect(full, sizeof(q) + sizeof(q_scale));
       sm90::bulk_copy(q, base + p.at.q8 + at * sizeof(q), sizeof(q), full);
@@ -304,12 +324,14 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
   };
 
-  for (int round = 0; job_of_round(round) < p.jobs; ++round) {
-    const Job job(p, job_of_round(round));
+  for (int round = 0;; ++round) {
+    sm90::barrier_wait(&shared.q_full[consumer], static_cast<uint32_t>(round & 1));
+    const int number = shared.job[round % kJobSlots];
+    if (number >= p.jobs) return;
+    const Job job(p, number);
     const KeyTiles<D, kMask> tiles(p, job);
     const int query_tile = job.block * C::kConsumers + consumer, first_row = query_tile * kQueryTile;
     const float* const q_scale = &shared.q_scale[consumer][16 * warp + g];
-    sm90::barrier_wait(&shared.q_full[consumer], static_cast<uint32_t>(round & 1));
     [[maybe_unused]] float reach = 0.0f;  // times a tile's k_scale: no exponent of the rows is larger, either sign
     if constexpr (kFast) {
       int norm[2] = {0, 0};
@@ -378,7 +400,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         scores_as_floats(s, c, visible);
         if constexpr (kMask) {
           if (mask != kMaskAll) {
-            const Job here(p, job_of_round(opaque(round)));
+            const Job here(p, shared.job[opaque(round) % kJobSlots]);
             add_mask(s, p.call, here.batch, here.head, row, column);
           }
         }
@@ -414,7 +436,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       place.advance();
     }
 
-    const Job done(p, job_of_round(opaque(round)));
+    const Job done(p, shared.job[opaque(round) % kJobSlots]);
     const int row0 = (done.block * C::kConsumers + consumer) * kQueryTile + 16 * warp;
     float inverse[2], lse[2];
     if constexpr (kReferenceAside) state.m[0] = reference.m[0], state.m[1] = reference.m[1];
@@ -438,6 +460,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
       }
     }
+    __syncwarp();
+    release(&shared.job_empty[round % kJobSlots]);
   }
 }
 
@@ -452,6 +476,9 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
       sm90::barrier_init(&shared.k_empty[i], 4 * C::kConsumers), sm90::barrier_init(&shared.v_empty[i], 4 * C::kConsumers);
     }
     for (int i = 0; i < C::kConsumers; ++i) sm90::barrier_init(&shared.q_full[i], 1), sm90::barrier_init(&shared.q_empty[i], 4);
+    for (int i = 0; i < kJobSlots; ++i) {
+      sm90::barrier_init(&shared.job_full[i], 1), sm90::barrier_init(&shared.job_empty[i], 4 * C::kConsumers);
+    }
     sm90::fence_barrier_init();
   }
   __syncthreads();
