@@ -1,7 +1,7 @@
 """Each kind of model in a real ComfyUI: what it asks of the hook, and what it gets."""
 
 import pytest
-from tiny_expect import LARGEST_ERROR, fell_back, kept_exact, reasons, served, total
+from tiny_expect import LARGEST_ERROR, fell_back, follows, kept_exact, reasons, served, total
 from tiny_models import MODELS
 
 STEPS = 2
@@ -105,11 +105,12 @@ def test_a_unet_names_its_layers_by_kind(models):
     assert fell_back(seen["layered"]) == 0
 
 
-def test_freeu_after_the_node(models):
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_freeu_beside_the_node(models, where):
     seen = models("unet")
-    assert seen["freeu_matters"] > 1e-3
-    assert 0 < seen["freeu"] < LARGEST_ERROR["int8"]
-    assert served(seen["freeu_report"]) == len(seen["calls"])
+    follows(seen["freeu"], seen["freeu"][where]["int8"])
+    assert served(seen["freeu"][where]["report"]) == len(seen["calls"])
+    assert seen["again"] == 0
 
 
 @pytest.mark.parametrize(("how", "passes"), [("together", 1), ("apart", 2)])

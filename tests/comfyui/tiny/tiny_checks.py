@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_comfy import Comfy, Watch
-from tiny_models import MODELS
+from tiny_models import MODELS, random_weights
 from tiny_nodes import COUNTS, KEPT, KEPT_MODELS, SLOT
 
 STEPS, LEAST = 2, 16
@@ -56,10 +58,15 @@ class Lab:
         self.watch = watch
         self._seed = 0
 
-    def run(self, prompt: Prompt, anew: bool = True, compare: bool = False, before: Any = None) -> dict[str, Any]:
-        """Run; {"ok", "error", "reports" (by node), "calls"}. ``anew``: sample even if nothing changed."""
+    def run(
+        self, prompt: Prompt, anew: bool = True, compare: bool = False, before: Any = None, instead: Any = None
+    ) -> dict[str, Any]:
+        """Run; {"ok", "error", "reports" (by node), "calls", "outs"}. ``anew``: sample even if nothing changed.
+
+        ``instead``: "outs" of another run, which the model gets for its attention: what that is deaf to what changed.
+        """
         KEPT.clear()
-        self.watch.start(compare, before)
+        self.watch.start(compare, before, instead)
         if anew:
             self._seed += 1
             for node in prompt.values():
@@ -68,7 +75,7 @@ class Lab:
         done = self.comfy.run(prompt)
         reports = {key: outcome(ui) for key, ui in done["outputs"].items() if prompt[key]["class_type"] == "Sage3Report"}
         self.watch.before = None
-        return done | {"reports": reports, "calls": self.watch.calls, "kept": dict(KEPT)}
+        return done | {"reports": reports, "calls": self.watch.calls, "outs": self.watch.outs, "kept": dict(KEPT)}
 
     def good(self, prompt: Prompt, **options: Any) -> dict[str, Any]:
         """``run``, which must succeed."""
@@ -88,6 +95,14 @@ def outcome(ui: dict[str, Any]) -> dict[str, Any]:
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance; 0 is bit-identical."""
     return 0.0 if torch.equal(a, b) else max(float((a - b).norm() / b.norm()), 1e-30)
+
+
+def followed(without: dict[str, Any], plain: dict[str, Any], deaf: dict[str, Any]) -> dict[str, Any]:
+    """How far from ``plain`` the same is ``without`` what changes it, and where only attention is ``deaf`` to it."""
+    return {
+        "matters": apart(without["kept"]["out"], plain["kept"]["out"]),
+        "deaf": apart(deaf["kept"]["out"], plain["kept"]["out"]),
+    }
 
 
 # ---- every model
@@ -122,43 +137,47 @@ def one_model(name: str) -> Check:
     return check
 
 
-def unet(lab: Lab) -> dict[str, Any]:
-    """A UNet, whose layers have kinds, alone and with FreeU."""
-
-    def made(*settings: dict[str, Any], freeu: bool = False) -> Prompt:
-        prompt: Prompt = {
-            "1": {"class_type": "TinyUNet", "inputs": {}},
-            "3": {"class_type": "TinyPrompt", "inputs": {"name": "sd3", "seed": 1, "tokens": 20}},
-            "4": {"class_type": "TinyPrompt", "inputs": {"name": "sd3", "seed": 2, "tokens": 20}},
-            "6": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
-        }
-        model = ["1", 0]
-        for i, setting in enumerate(settings):
-            prompt[f"2{i}"] = sage(model, **setting)
-            model = [f"2{i}", 0]
-        if freeu:
-            prompt["9"] = {
-                "class_type": "FreeU_V2",
-                "inputs": {"model": model, "b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},
-            }
+def unet_graph(freeu: str = "", **settings: Any) -> Prompt:
+    """As ``graph``, for a UNet; with FreeU "before" our node or "after" it."""
+    prompt: Prompt = {
+        "1": {"class_type": "TinyUNet", "inputs": {}},
+        "3": {"class_type": "TinyPrompt", "inputs": {"name": "sd3", "seed": 1, "tokens": 20}},
+        "4": {"class_type": "TinyPrompt", "inputs": {"name": "sd3", "seed": 2, "tokens": 20}},
+        "6": {"class_type": "TinyLatent", "inputs": {"name": "unet"}},
+    }
+    model = ["1", 0]
+    for where in ("before", "", "after"):
+        if where == freeu and freeu:
+            inputs = {"model": model, "b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
+            prompt["9"] = {"class_type": "FreeU_V2", "inputs": inputs}
             model = ["9", 0]
-        return finished(prompt, model)
+        elif not where and settings:
+            prompt["2"] = sage(model, **settings)
+            model = ["2", 0]
+    return finished(prompt, model)
 
-    plain = lab.good(made())["kept"]["out"]
-    int8 = lab.good(made({"precision": "int8"}), compare=True)
-    layered = lab.good(made({"precision": "int8", "exact_layers": "input 1"}))
-    exact = lab.good(made({"precision": "exact"}))["kept"]["out"]
-    freeu_plain = lab.good(made(freeu=True))["kept"]["out"]
-    freeu = lab.good(made({"precision": "int8"}, freeu=True))
+
+def unet(lab: Lab) -> dict[str, Any]:
+    """A UNet, whose layers have kinds, alone and with FreeU before and after our node."""
+    plain = lab.good(unet_graph())
+    out = plain["kept"]["out"]
+    int8 = lab.good(unet_graph(precision="int8"), compare=True)
+    layered = lab.good(unet_graph(precision="int8", exact_layers="input 1"))
+    exact = lab.good(unet_graph(precision="exact"))["kept"]["out"]
+    freeu_plain = lab.good(unet_graph("after"))
+    freeu_deaf = lab.good(unet_graph("after"), instead=plain["outs"])
+    freeu: dict[str, Any] = followed(plain, freeu_plain, freeu_deaf)
+    for where in ("before", "after"):
+        run = lab.good(unet_graph(where, precision="int8"))
+        freeu[where] = {"int8": apart(run["kept"]["out"], freeu_plain["kept"]["out"]), "report": run["reports"]["5"]}
     return {
         "calls": int8["calls"],
-        "exact": apart(exact, plain),
-        "int8": apart(int8["kept"]["out"], plain),
+        "exact": apart(exact, out),
+        "int8": apart(int8["kept"]["out"], out),
         "report": int8["reports"]["5"],
         "layered": layered["reports"]["5"],
-        "freeu": apart(freeu["kept"]["out"], freeu_plain),
-        "freeu_matters": apart(freeu_plain, plain),
-        "freeu_report": freeu["reports"]["5"],
+        "freeu": freeu,
+        "again": apart(lab.good(unet_graph())["kept"]["out"], out),
     }
 
 
@@ -347,66 +366,118 @@ def clones(lab: Lab) -> dict[str, Any]:
     }
 
 
+def write_other_wan() -> None:
+    """tiny_other_wan.safetensors: Wan with other weights before its attention, so that all that differs goes through it."""
+    import folder_paths
+    from safetensors.torch import load_file, save_file
+
+    path = Path(folder_paths.get_full_path("diffusion_models", "tiny_wan.safetensors"))
+    weights = load_file(path)
+    other = random_weights(weights, seed=1)
+    of_attention = re.compile(r"blocks\.\d+\.(self|cross)_attn\.[qkv]\.weight")
+    mixed = {key: other[key] if of_attention.fullmatch(key) else weights[key] for key in weights}
+    save_file(mixed, path.with_name("tiny_other_wan.safetensors"))
+
+
 def merged(lab: Lab) -> dict[str, Any]:
-    """A merge of a patched model with another, and a patched merge."""
-    seen = {}
-    for label in ("plain", "before", "after"):
-        made = graph("wan")
-        made["10"] = {
-            "class_type": "ModelSamplingSD3",
-            "inputs": {"model": ["1", 0], "shift": 3.0},
+    """Two models merged, plain and with our node: on the merge, and on either model before it."""
+    write_other_wan()
+
+    def made(where: str = "", precision: str = "int8") -> Prompt:
+        prompt = graph("wan")
+        inputs = {"unet_name": "tiny_other_wan.safetensors", "weight_dtype": "default"}
+        prompt["10"] = {"class_type": "UNETLoader", "inputs": inputs}
+        models = {"first": ["1", 0], "second": ["10", 0], "after": ["11", 0]}
+        if where:
+            prompt["2"] = sage(models[where], precision=precision)
+            models[where] = ["2", 0]
+        inputs = {"model1": models["first"], "model2": models["second"], "ratio": 0.5}
+        prompt["11"] = {"class_type": "ModelMergeSimple", "inputs": inputs}
+        return finished(prompt, models["after"])
+
+    without, plain = lab.good(graph("wan")), lab.good(made())
+    deaf = lab.good(made(), instead=without["outs"])
+    seen: dict[str, Any] = followed(without, plain, deaf)
+    for where in ("first", "after", "second"):
+        run = lab.good(made(where))
+        exact = lab.good(made(where, precision="exact"))
+        seen[where] = {
+            "exact": apart(exact["kept"]["out"], plain["kept"]["out"]),
+            "int8": apart(run["kept"]["out"], plain["kept"]["out"]),
+            "report": run["reports"]["5"],
         }
-        first = ["1", 0]
-        if label == "before":
-            made["2"] = sage(["1", 0], precision="int8")
-            first = ["2", 0]
-        made["11"] = {"class_type": "ModelMergeSimple", "inputs": {"model1": first, "model2": ["10", 0], "ratio": 0.5}}
-        model = ["11", 0]
-        if label == "after":
-            made["2"] = sage(model, precision="int8")
-            model = ["2", 0]
-        run = lab.good(finished(made, model))
-        seen[label] = {"out": run["kept"]["out"], "report": run["reports"]["5"]}
-    plain = seen["plain"]["out"]
-    return {k: {"apart": apart(v["out"], plain), "report": v["report"]} for k, v in seen.items()}
+    seen["without_again"] = apart(lab.good(graph("wan"))["kept"]["out"], without["kept"]["out"])
+    return seen
 
 
-def controlled(lab: Lab) -> dict[str, Any]:
-    """A control net's residuals on SD3."""
+def controlled(made: Callable[..., Prompt]) -> Check:
+    """``made(control, **settings)``: sampling with a control net or without, plain or with our node."""
 
-    def made(control: bool, **settings: Any) -> Prompt:
-        prompt = graph("sd3", **settings)
-        if control:
-            for key, free in (("3", "30"), ("4", "40")):
-                prompt[free] = prompt[key]
-                inputs = {"conditioning": [free, 0], "layers": 4, "tokens": 64, "width": 256}
-                prompt[key] = {"class_type": "TinyControl", "inputs": inputs}
-        return prompt
+    def check(lab: Lab) -> dict[str, Any]:
+        without, plain = lab.good(made(False)), lab.good(made(True))
+        deaf = lab.good(made(True), instead=without["outs"])
+        run, exact = lab.good(made(True, precision="int8"), compare=True), lab.good(made(True, precision="exact"))
+        again = lab.good(made(False))
+        return followed(without, plain, deaf) | {
+            "int8": apart(run["kept"]["out"], plain["kept"]["out"]),
+            "exact": apart(exact["kept"]["out"], plain["kept"]["out"]),
+            "without_again": apart(again["kept"]["out"], without["kept"]["out"]),
+            "calls": run["calls"],
+            "report": run["reports"]["5"],
+        }
 
-    without = lab.good(made(False))["kept"]["out"]
-    plain = lab.good(made(True))["kept"]["out"]
-    run = lab.good(made(True, precision="int8"))
-    return {"matters": apart(plain, without), "int8": apart(run["kept"]["out"], plain), "report": run["reports"]["5"]}
+    return check
+
+
+def residuals_on_sd3(control: bool, **settings: Any) -> Prompt:
+    """SD3 with a control net's residuals."""
+    prompt = graph("sd3", **settings)
+    if control:
+        inputs = {"positive": ["3", 0], "negative": ["4", 0], "layers": 4, "tokens": 64, "width": 256}
+        prompt["9"] = {"class_type": "TinyResiduals", "inputs": inputs}
+        prompt["7"]["inputs"] |= {"positive": ["9", 0], "negative": ["9", 1]}
+    return prompt
+
+
+def network_on_unet(control: bool, **settings: Any) -> Prompt:
+    """A UNet with a control net of its kind, applied by the stock node to a picture."""
+    prompt = unet_graph(**settings)
+    if control:
+        prompt["90"] = {"class_type": "TinyControlNet", "inputs": {}}
+        size = {"width": 128, "height": 128, "batch_size": 1}
+        prompt["91"] = {"class_type": "EmptyImage", "inputs": size | {"color": 0xA06030}}
+        inputs = {"positive": ["3", 0], "negative": ["4", 0], "control_net": ["90", 0], "image": ["91", 0]}
+        settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+        prompt["9"] = {"class_type": "ControlNetApplyAdvanced", "inputs": inputs | settings}
+        prompt["7"]["inputs"] |= {"positive": ["9", 0], "negative": ["9", 1]}
+    return prompt
 
 
 def cached_steps(lab: Lab) -> dict[str, Any]:
-    """The stock EasyCache node, which leaves out whole passes of the model."""
+    """The stock EasyCache node, which leaves out whole passes of the model, before our node and after it."""
 
-    def made(**settings: Any) -> Prompt:
+    def made(where: str, **settings: Any) -> Prompt:
         prompt = graph("wan", **settings)
-        model = ["2" if settings else "1", 0]
-        inputs = {"model": model, "reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
-        prompt["9"] = {"class_type": "EasyCache", "inputs": inputs}
-        return finished(prompt, ["9", 0], steps=8)
+        settings = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
+        prompt["9"] = {"class_type": "EasyCache", "inputs": {"model": ["1", 0]} | settings}
+        last = "9"
+        if where == "before":
+            prompt["2"]["inputs"]["model"], last = ["9", 0], "2"
+        elif where == "after":
+            prompt["9"]["inputs"]["model"] = ["2", 0]
+        return finished(prompt, [last, 0], steps=8)
 
-    plain = lab.good(made())
-    run = lab.good(made(precision="int8"))
-    return {
-        "plain_calls": len(plain["calls"]),
-        "calls": len(run["calls"]),
-        "apart": apart(run["kept"]["out"], plain["kept"]["out"]),
-        "report": run["reports"]["5"],
-    }
+    without = lab.good(finished(graph("wan"), ["1", 0], steps=8))["kept"]["out"]
+    plain = lab.good(made(""))
+    seen: dict[str, Any] = {"matters": apart(without, plain["kept"]["out"]), "plain_calls": len(plain["calls"])}
+    for where in ("before", "after"):
+        run = lab.good(made(where, precision="int8"))
+        seen[where] = {
+            "calls": len(run["calls"]),
+            "int8": apart(run["kept"]["out"], plain["kept"]["out"]),
+            "report": run["reports"]["5"],
+        }
+    return seen
 
 
 def compiled(lab: Lab) -> dict[str, Any]:
@@ -483,7 +554,8 @@ def group(name: str) -> dict[str, Check]:
         "lora": lora,
         "clones": clones,
         "merged": merged,
-        "controlled": controlled,
+        "controlled_sd3": controlled(residuals_on_sd3),
+        "controlled_unet": controlled(network_on_unet),
         "cached_steps": cached_steps,
         "compiled": compiled,
         "window": window,

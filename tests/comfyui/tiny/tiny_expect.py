@@ -23,3 +23,11 @@ def total(report):
 
 def reasons(report):
     return " ".join(reason for _, _, reason, _, _ in report["lines"])
+
+
+def follows(seen, int8):
+    """int8 is near the result of a changed model, which is far from that of the model as it was ("matters"), and far from
+    what it would be if attention alone had not noticed the change ("deaf")."""
+    assert seen["matters"] > 0.1
+    assert seen["deaf"] > 0.03
+    assert 0 < int8 < min(LARGEST_ERROR["int8"], seen["matters"] / 20, seen["deaf"] / 10)

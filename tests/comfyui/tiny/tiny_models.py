@@ -161,8 +161,7 @@ def random_weights(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]
             return like.clone()
         noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
         if like.ndim < 2:
-            weight = "norm" in key.lower() or ".ln_" in key or key.endswith(("scale", "gamma"))
-            return (1.0 if weight and "bias" not in key else 0.0) + 0.02 * noise
+            return (1.0 if key.endswith((".weight", "scale", "gamma")) else 0.0) + 0.02 * noise
         return noise * (like[0].numel() ** -0.5)
 
     return {key: filled(key, value).to(value.dtype).contiguous() for key, value in state.items()}

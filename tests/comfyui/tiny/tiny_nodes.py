@@ -10,6 +10,7 @@ from tiny_models import MODELS, TEXT, conditioning, random_weights
 KEPT: dict[str, torch.Tensor] = {}  # what TinyKeep was given
 KEPT_MODELS: dict[str, Any] = {}
 COUNTS: dict[str, int] = {}  # calls that reached each TinyOverride
+UNET_LATENT = (4, 16, 16)
 SLOT = "optimized_attention_override"
 
 
@@ -32,7 +33,8 @@ class TinyLatent:
         return {"required": {"name": ("STRING", {})}}
 
     def make(self, name):
-        return ({"samples": torch.zeros(1, *MODELS[name.strip()].latent)},)
+        name = name.strip()  # with what makes it another value to ComfyUI's cache
+        return ({"samples": torch.zeros(1, *(UNET_LATENT if name == "unet" else MODELS[name].latent))},)
 
 
 class TinyKeep:
@@ -74,23 +76,17 @@ class TinyOverride:
         return (model,)
 
 
-class TinyControl:
+class TinyResiduals:
     """A control net's residuals without its network."""
 
-    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "apply", "tiny"
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING", "CONDITIONING"), "apply", "tiny"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "conditioning": ("CONDITIONING",),
-                "layers": ("INT", {}),
-                "tokens": ("INT", {}),
-                "width": ("INT", {}),
-            }
-        }
+        prompts = {"positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}
+        return {"required": prompts | {"layers": ("INT", {}), "tokens": ("INT", {}), "width": ("INT", {})}}
 
-    def apply(self, conditioning, layers, tokens, width):
+    def apply(self, positive, negative, layers, tokens, width):
         from comfy.controlnet import ControlBase
 
         class Residuals(ControlBase):
@@ -110,9 +106,8 @@ class TinyControl:
             def get_models(self):
                 return []
 
-        return (
-            [[tensor, extra | {"control": Residuals(), "control_apply_to_uncond": True}] for tensor, extra in conditioning],
-        )
+        control = {"control": Residuals(), "control_apply_to_uncond": False}  # one for both, so that they are a batch
+        return tuple([[tensor, extra | control] for tensor, extra in prompt] for prompt in (positive, negative))
 
 
 class TinyCompile:
@@ -132,6 +127,14 @@ class TinyCompile:
         return (model,)
 
 
+UNET = {
+    "image_size": 32, "in_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+    "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "num_heads": 2,
+    "num_head_channels": -1, "use_spatial_transformer": True, "context_dim": 64, "use_linear_in_transformer": False,
+    "adm_in_channels": None, "legacy": False, "use_temporal_attention": False, "dtype": torch.float32,
+}  # fmt: skip
+
+
 class TinyUNet:
     """A Stable Diffusion 1.5 of a fifth of its width; the stock loader knows one width only."""
 
@@ -144,22 +147,36 @@ class TinyUNet:
     def make(self):
         from comfy import model_base, model_management, model_patcher, supported_models
 
-        config = supported_models.SD15(
-            {
-                "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1],
-                "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
-                "transformer_depth_middle": 1, "num_heads": 2, "num_head_channels": -1, "use_spatial_transformer": True,
-                "context_dim": 64, "use_linear_in_transformer": False, "adm_in_channels": None, "legacy": False,
-                "use_temporal_attention": False, "dtype": torch.float32,
-            }
-        )  # fmt: skip
+        config = supported_models.SD15(UNET | {"out_channels": 4})
         made = model_base.BaseModel(config, device="cpu")
         made.diffusion_model.load_state_dict(random_weights(made.diffusion_model.state_dict()))
         cpu = torch.device("cpu")
         return (model_patcher.ModelPatcher(made, load_device=model_management.get_torch_device(), offload_device=cpu),)
 
 
-NODES = {c.__name__: c for c in (TinyPrompt, TinyLatent, TinyKeep, TinyOverride, TinyControl, TinyCompile, TinyUNet)}
+class TinyControlNet:
+    """A control net for TinyUNet. Its last convolutions are 0 before training; here they are random as all the rest."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONTROL_NET",), "make", "tiny"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        from comfy import model_management, ops
+        from comfy.cldm.cldm import ControlNet as Network
+        from comfy.controlnet import ControlNet
+
+        network = Network(**UNET, hint_channels=3, operations=ops.disable_weight_init)
+        network.load_state_dict(random_weights(network.state_dict(), seed=3))
+        return (ControlNet(network, load_device=model_management.get_torch_device()),)
+
+
+NODES = {
+    c.__name__: c
+    for c in (TinyPrompt, TinyLatent, TinyKeep, TinyOverride, TinyResiduals, TinyControlNet, TinyCompile, TinyUNet)
+}
 
 
 def register() -> None:
