@@ -252,17 +252,18 @@ def other_overrides(lab: Lab) -> dict[str, Any]:
     """Somebody else's override before ours, after ours, and on both sides."""
     want = lab.good(graph("wan", precision="int8"))["kept"]["out"]
     seen = {}
-    for label in ("before", "after", "both"):
+    for label in ("before", "after", "both", "late"):
         COUNTS.clear()
         made = graph("wan")
         model = ["1", 0]
-        if label != "after":
-            made["20"] = {"class_type": "TinyOverride", "inputs": {"model": model, "name": "before", "polite": True}}
+        if label in ("before", "both"):
+            made["20"] = {"class_type": "TinyOverride", "inputs": {"model": model, "name": "before", "how": "polite"}}
             model = ["20", 0]
         made["2"] = sage(model, precision="int8", exact_layers="0")
         model = ["2", 0]
         if label != "before":
-            made["21"] = {"class_type": "TinyOverride", "inputs": {"model": model, "name": "after", "polite": True}}
+            how = "late" if label == "late" else "polite"
+            made["21"] = {"class_type": "TinyOverride", "inputs": {"model": model, "name": "after", "how": how}}
             model = ["21", 0]
         run = lab.good(finished(made, model))
         seen[label] = {"counts": dict(COUNTS), "report": run["reports"]["5"], "calls": len(run["calls"])}
@@ -273,19 +274,49 @@ def other_overrides(lab: Lab) -> dict[str, Any]:
 
 
 def replaced(lab: Lab) -> dict[str, Any]:
-    """An override after ours that computes attention itself, as most do."""
-    COUNTS.clear()
-    plain = lab.good(graph("wan"))["kept"]["out"]
-    int8 = lab.good(graph("wan", precision="int8"))["kept"]["out"]
-    made = graph("wan", precision="int8")
-    made["21"] = {"class_type": "TinyOverride", "inputs": {"model": ["2", 0], "name": "rude", "polite": False}}
-    run = lab.good(finished(made, ["21", 0]))
-    return {
-        "apart_from_plain": apart(run["kept"]["out"], plain),
-        "apart_from_int8": apart(run["kept"]["out"], int8),
-        "rude": COUNTS["rude"],
-        "report": run["reports"]["5"],
-    }
+    """An override after ours that computes attention itself, as most do; one of the three layers is to stay exact."""
+    settings = {"precision": "int8", "exact_layers": "0"}
+    int8 = lab.good(graph("wan", **settings))["kept"]["out"]
+    seen = {}
+    for how in ("rude", "official", "late rude"):
+        COUNTS.clear()
+        made = graph("wan", **settings)
+        made["21"] = {"class_type": "TinyOverride", "inputs": {"model": ["2", 0], "name": "rude", "how": how}}
+        run = lab.good(finished(made, ["21", 0]))
+        seen[how] = {"apart": apart(run["kept"]["out"], int8), "rude": COUNTS["rude"], "report": run["reports"]["5"]}
+    return seen
+
+
+def spoilt(how: Callable[[torch.Tensor], torch.Tensor]) -> Check:
+    """The 4-bit kernel's third call, the self-attention of layer 1, gives a wrong result; all others are right."""
+
+    def check(lab: Lab) -> dict[str, Any]:
+        reference = lab.comfy.module("reference")
+        real, count = reference.fp4_attention, 0
+        plain = lab.good(graph("wan"))["kept"]["out"]
+        want = lab.good(graph("wan", precision="fp4"))["kept"]["out"]
+
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            out, *rest = real(*args, **kwargs)
+            return (how(out) if count == 3 else out, *rest)
+
+        reference.fp4_attention = wrong
+        try:
+            run = lab.good(graph("wan", precision="fp4"), compare=True)
+        finally:
+            reference.fp4_attention = real
+        after = lab.good(graph("wan", precision="fp4"))
+        return {
+            "calls": run["calls"],
+            "report": run["reports"]["5"],
+            "apart_from_exact": apart(run["kept"]["out"], plain),
+            "after": apart(after["kept"]["out"], want),
+            "after_report": after["reports"]["5"],
+        }
+
+    return check
 
 
 def batches(lab: Lab) -> dict[str, Any]:
@@ -549,6 +580,8 @@ def group(name: str) -> dict[str, Check]:
         "kernel_fails_once": failing(of_kernel, at=2),
         "kernel_fails_stop": failing(of_kernel, at=2, on_trouble="stop"),
         "out_of_memory": failing(of_memory, at=2),
+        "nan": spoilt(lambda out: out * torch.nan),
+        "noise": spoilt(torch.randn_like),
         "other_overrides": other_overrides,
         "replaced": replaced,
         "lora": lora,

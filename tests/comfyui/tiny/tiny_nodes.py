@@ -53,26 +53,47 @@ class TinyKeep:
 class TinyOverride:
     """Somebody's attention override: counts, then passes on to what was there before it, as well-behaved ones do.
 
-    Where it is not ``polite`` it computes attention itself, whatever was there.
+    ``how``: "polite"; "rude" computes attention itself, whatever was there; "official" does so by ComfyUI's own setter;
+    "late" and "late rude" go into the slot before every look at the model, as ComfyUI's sparse attention does.
     """
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "tiny"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "name": ("STRING", {}), "polite": ("BOOLEAN", {"default": True})}}
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {}), "how": ("STRING", {"default": "polite"})}}
 
-    def patch(self, model, name, polite=True):
+    def patch(self, model, name, how="polite"):
+        from comfy.ldm.modules.attention import optimized_attention
+        from comfy.patcher_extension import CallbacksMP
+
         model = model.clone()
-        options = model.model_options["transformer_options"]
-        previous = options.get(SLOT) if polite else None
         COUNTS[name] = 0
+        previous = None
 
         def override(func, *args, **kwargs):
             COUNTS[name] += 1
             return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
 
-        options[SLOT] = override
+        def official(*args, **kwargs):
+            COUNTS[name] += 1
+            return optimized_attention(*args, **kwargs)
+
+        def put(options):
+            nonlocal previous
+            if options.get(SLOT) is not override:
+                previous = None if "rude" in how else options.get(SLOT)
+                options[SLOT] = override
+
+        def prepare(patcher, timestep, model_options):
+            put(model_options["transformer_options"])
+
+        if how == "official":
+            model.set_model_optimized_attention(official)
+        elif how.startswith("late"):
+            model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, name, prepare)
+        else:
+            put(model.model_options["transformer_options"])
         return (model,)
 
 
