@@ -1,6 +1,5 @@
 """The pack in a real ComfyUI: COMFYUI_PATH names a checkout, COMFYUI_PYTHON its Python."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compared import are_videos
 from formats import as_the_editor_reads, as_the_server_gets
 
 from comfy_sage3.errors import EngineError
-from comfy_sage3.workflow import OutputFile, load_workflow, serve
+from comfy_sage3.workflow import load_workflow, serve
 from comfy_sage3.workflow.command import save
 from comfy_sage3.workflow.server import find_python
 
@@ -150,11 +150,11 @@ def test_videos(client, version, tmp_path):
     assert all(10 < x < 100 for x in found["psnr"])
     assert found["psnr"][found["worst"]] == min(found["psnr"])
     assert client.texts(entry)["30"].startswith("fp4 against exact, 5 frames of 64x64: mean PSNR ")
-    where = found["files"]
-    for name in (*where["a"], *where["b"]):
-        picture = client.download(OutputFile("30", name, where["subfolder"], where["type"]))
-        with Image.open(io.BytesIO(picture)) as frame:
-            assert frame.size == (64, 64)
+    are_videos(client, "30", found)
+    exact, fp4 = (entry["outputs"][node]["sage3_run"][0] for node in ("12", "22"))
+    half = LAYERS * STEPS
+    assert (exact["calls"], exact["accelerated"], exact["fell_back"]) == (2 * half, 0, 0)
+    assert (fp4["calls"], fp4["accelerated"], fp4["fell_back"]) == (2 * half, half, 0)
 
 
 def test_an_unknown_word_is_refused_before_anything_runs(client):

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from compared import are_videos
 from formats import as_the_editor_reads, as_the_server_gets
 from PIL import Image
 
@@ -37,16 +38,18 @@ def client():
         yield made
 
 
-def workflow(**plan_settings):
-    """The shipped workflow with few steps, saving latents in place of videos.
+def workflow(videos=False, **plan_settings):
+    """The shipped workflow with few steps, saving latents: in place of videos, or beside them.
 
     Its size stays: shorter calls gain nothing, and the plan would say exact.
     """
     made = load_workflow(ROOT / "workflows" / "api" / f"{NAME}.json")
-    for key, prefix in (("12", "calibrated_exact"), ("23", "planned")):
-        samples = made[key]["inputs"]["samples"]
-        made[key] = {"class_type": "SaveLatent", "inputs": {"samples": samples, "filename_prefix": f"sage3/{prefix}"}}
-    del made["6"], made["30"]
+    for key, decoder, prefix in (("13", "12", "calibrated_exact"), ("24", "23", "planned")):
+        inputs = {"samples": made[decoder]["inputs"]["samples"], "filename_prefix": f"sage3/{prefix}"}
+        made[key] = {"class_type": "SaveLatent", "inputs": inputs}
+    if not videos:
+        for key in ("6", "12", "23", "30"):
+            del made[key]
     for node in made.values():
         if "steps" in node["inputs"]:
             node["inputs"]["steps"] = STEPS
@@ -57,13 +60,19 @@ def workflow(**plan_settings):
 @pytest.fixture(scope="module")
 def ran(client, tmp_path_factory):
     """One run of the workflow, with the exact run made once more by KSampler itself."""
-    made = workflow(budget="custom", custom_error=0.04, file_name="demo")
+    made = workflow(version() >= (0, 3, 76), budget="custom", custom_error=0.04, file_name="demo")
     made["31"] = copy.deepcopy(made["21"])
     made["31"]["inputs"]["model"] = ["2", 0]
     made["33"] = {"class_type": "SaveLatent", "inputs": {"samples": ["31", 0], "filename_prefix": "sage3/plain"}}
     entry = client.wait(client.submit(made), timeout=600)
     paths = save(client, entry, tmp_path_factory.mktemp("out"))
     return entry["outputs"], paths
+
+
+def version():
+    """ComfyUI's."""
+    text = (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8")
+    return tuple(map(int, re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', text).groups()))
 
 
 def plan_of(outputs):
@@ -80,8 +89,7 @@ def latent(paths, side):
 def by_layers(outputs):
     """The plan, where the model says which layer calls."""
     plan = plan_of(outputs)
-    version = re.search(r'__version__ = "(\d+)\.(\d+)', (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8"))
-    if (int(version[1]), int(version[2])) < (0, 5):  # from there on Wan says which layer calls
+    if version() < (0, 5):  # from there on Wan says which layer calls
         pytest.skip("this ComfyUI does not say which layer calls, so the plan has one row")
     assert plan.layers != ("",)
     return plan
@@ -130,6 +138,15 @@ def test_the_calibrating_run_is_comfyuis_own_bit_for_bit_and_the_planned_one_nea
     assert 0 < (planned - exact).norm() / exact.norm() < 0.5  # after three steps
 
 
+def test_the_videos_are_compared(client, ran):
+    if version() < (0, 3, 76):
+        pytest.skip("this ComfyUI cannot load the bundled model's VAE")
+    (found,) = ran[0]["30"]["sage3_compare"]
+    assert (found["frames"], found["width"], found["height"], found["labels"]) == (17, 256, 256, ["exact", "planned"])
+    are_videos(client, "30", found)
+    assert 10 < found["mean_psnr"] < 100
+
+
 def test_the_heat_map_is_a_picture(client, ran):
     outputs, _ = ran
     (file,) = outputs["11"]["images"]
@@ -144,7 +161,7 @@ def loading():
     made["40"] = {"class_type": "ModelMergeSimple", "inputs": {"model1": ["2", 0], "model2": ["2", 0], "ratio": 0.5}}
     made["10"] = {"class_type": "Sage3LoadPlan", "inputs": {"model": ["40", 0], "plan_name": "demo"}}
     made["20"]["inputs"]["model"] = ["40", 0]
-    del made["12"]
+    del made["13"]
     return made
 
 
@@ -166,7 +183,7 @@ def test_a_plan_that_is_not_there_is_refused(client):
 
 def test_cancelling_stops_it_and_the_next_run_is_as_if_nothing_had_been(client, ran, tmp_path):
     made = workflow(budget="draft", file_name="half")
-    for key in ("11", "12", "20", "21", "22", "23"):
+    for key in ("11", "13", "20", "21", "22", "24"):
         del made[key]
     made["10"]["inputs"]["seed"] = 2
     prompt = client.submit(made)
