@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from comfy_sage3.comfyui import hook as hook_module
+from comfy_sage3.comfyui import install as install_module
 from comfy_sage3.comfyui import status
 from comfy_sage3.comfyui.hook import Hook
 from comfy_sage3.comfyui.install import SLOT, hooks_of, install
@@ -30,6 +32,29 @@ def test_the_given_model_is_left_alone(comfy):
     assert hooks_of(model) == ()
     assert hooks_of(clone) == (hook,)
     assert hooks_of(clone.clone()) == (hook,)
+
+
+def test_a_model_has_one_override_made_once(comfy, monkeypatch):
+    """Clones and runs share it: what is in the slot is the same function at every step."""
+    made = []
+    real = install_module.make_override
+    monkeypatch.setattr(install_module, "make_override", lambda *args: made.append(real(*args)) or made[-1])
+    model, hook = patched(comfy)
+    for sampled in (model, model.clone(), model):
+        sampled.sample([1.0, 0.5])
+    assert made == hook.overrides == [model.model_options["transformer_options"][SLOT]]
+
+
+def test_what_serves_calls_that_look_alike_is_decided_once_a_sampling(comfy, monkeypatch):
+    decided, wished = [], []
+    choose, wish_of = hook_module.choose, Hook._wish_of
+    monkeypatch.setattr(hook_module, "choose", lambda *args, **kwargs: decided.append(1) or choose(*args, **kwargs))
+    monkeypatch.setattr(Hook, "_wish_of", lambda self, layer: wished.append(str(layer)) or wish_of(self, layer))
+    model, hook = patched(comfy, end=0.5)
+    model.sample([1.0, 0.75, 0.5, 0.25], calls=3)
+    assert counts(hook) == (12, 9, 0)
+    assert len(decided) == 1
+    assert wished == ["layer 0", "layer 1", "layer 2"] * 4  # once a layer and step
 
 
 def test_counts_start_anew_with_each_prompt_and_add_up_within_one(comfy):
