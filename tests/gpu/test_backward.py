@@ -187,6 +187,19 @@ def test_rows_of_tiny_gradients_keep_their_digits():
         assert cosine(got[0][:, :, rows], want[0][:, :, rows]) > LEAST, tile
 
 
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_none_is_not_hidden(where, bad):
+    """What scales a loss relies on it."""
+    tensors = dict(zip(("q", "k", "v", "dout"), inputs(200, 200, 64), strict=True))
+    tensors[where][0, 1, 130, 7] = bad
+    _, got = ours(*tensors.values())
+    for name, x in zip(NAMES, got, strict=True):
+        # dV = P^T dO does not depend on V
+        assert x[0, 1].isfinite().all() == (where == "v" and name == "dv"), name
+        assert x[0, 0].isfinite().all(), name
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_fifty_repeats_are_the_same_bits_in_deterministic_mode(d, causal):

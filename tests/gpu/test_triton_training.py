@@ -178,7 +178,8 @@ def test_a_number_that_is_none_is_not_hidden(where, bad):
     tensors[where][0, 1, 130, 7] = bad
     _, got = ours(*tensors.values())
     for name, x in zip(NAMES, got, strict=True):
-        assert not x[0, 1].isfinite().all(), name
+        # dV = P^T dO does not depend on V
+        assert x[0, 1].isfinite().all() == (where == "v" and name == "dv"), name
         assert x[0, 0].isfinite().all(), name
 
 
@@ -196,9 +197,10 @@ def test_fifty_repeats_are_the_same_bits(d, causal):
 def test_a_long_sequence():
     q, k, v, dout = inputs(32768, 32768, 128, h=1, hkv=1)
     (out, _), got = ours(q, k, v, dout)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    # In fp32: with offsets in K and V bf16's dQ has a cosine of 0.995 at this length, by the rounding of its output alone.
+    leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
     want_out = torch.nn.functional.scaled_dot_product_attention(*leaves)
-    want = torch.autograd.grad(want_out, leaves, dout)
+    want = torch.autograd.grad(want_out, leaves, dout.float())
     for name, a, e in zip(("out", *NAMES), (out, *got), (want_out.detach(), *want), strict=True):
         assert cosine(a, e) > 0.999, name
 
