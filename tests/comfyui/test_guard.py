@@ -3,6 +3,7 @@
 import pytest
 import standin
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from comfy_sage3.comfyui import override as override_module
 from comfy_sage3.comfyui.call import HookCall
@@ -90,6 +91,21 @@ def test_a_good_result_is_looked_at_once_a_layer_and_shape(monkeypatch):
     hook.begin("another run")
     attend(hook, 0)
     assert len(looked) == 3
+
+
+def test_a_look_costs_next_to_nothing_of_the_calls_products():
+    """Once a layer and shape; a sampling has many steps. The seconds on a GPU are in benchmarks/results/hook-*.json."""
+    tokens, heads, head_dim = 3072, 12, 64
+    q, k, v = (torch.randn(1, heads, tokens, head_dim) for _ in range(3))
+    call = HookCall.read(q, k, v, heads, skip_reshape=True)
+    guard, layer, spent = Guard(), Layer("", 0), []
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as looked:
+            assert guard.check(layer, "int8-sm90", call, out) is None
+        spent.append(looked.get_total_flops() / (4 * heads * tokens * tokens * head_dim))
+    assert 0 < spent[0] < 1e-3
+    assert spent[1] == 0
 
 
 def test_stopping_raises_and_says_how_to_go_on(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compared import are_videos
 from formats import as_the_editor_reads, as_the_server_gets
+from given import LOADS_THE_BUNDLED_VAE, version
 
 from comfy_sage3.errors import EngineError
 from comfy_sage3.workflow import load_workflow, serve
@@ -32,11 +33,6 @@ PYTHON = find_python(COMFYUI, Path(os.environ["COMFYUI_PYTHON"]) if os.environ.g
 def client():
     with serve(COMFYUI, python=PYTHON) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def version(client):
-    return tuple(int(x) for x in client.system_stats()["system"]["comfyui_version"].split(".")[:3])
 
 
 def workflow(name, **sage):
@@ -133,9 +129,9 @@ def test_without_emulation_this_machine_falls_back_or_accelerates(client, tmp_pa
         assert torch.equal(latent(paths, "exact"), latent(paths, "fp4"))
 
 
-def test_videos(client, version, tmp_path):
+def test_videos(client, tmp_path):
     made = workflow("text_to_video_ab")
-    if version < (0, 3, 76):
+    if version() < LOADS_THE_BUNDLED_VAE:
         with pytest.raises(EngineError, match=r"Node 6 \(VAELoader\) failed: .*size mismatch"):
             run(client, made, tmp_path)
         return

@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import os
-import re
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from compared import are_videos
 from formats import as_the_editor_reads, as_the_server_gets
+from given import LOADS_THE_BUNDLED_VAE, WAN_NAMES_LAYERS, version
 from PIL import Image
 
 from comfy_sage3.errors import EngineError
@@ -60,19 +60,13 @@ def workflow(videos=False, **plan_settings):
 @pytest.fixture(scope="module")
 def ran(client, tmp_path_factory):
     """One run of the workflow, with the exact run made once more by KSampler itself."""
-    made = workflow(version() >= (0, 3, 76), budget="custom", custom_error=0.04, file_name="demo")
+    made = workflow(version() >= LOADS_THE_BUNDLED_VAE, budget="custom", custom_error=0.04, file_name="demo")
     made["31"] = copy.deepcopy(made["21"])
     made["31"]["inputs"]["model"] = ["2", 0]
     made["33"] = {"class_type": "SaveLatent", "inputs": {"samples": ["31", 0], "filename_prefix": "sage3/plain"}}
     entry = client.wait(client.submit(made), timeout=600)
     paths = save(client, entry, tmp_path_factory.mktemp("out"))
     return entry["outputs"], paths
-
-
-def version():
-    """ComfyUI's."""
-    text = (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8")
-    return tuple(map(int, re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', text).groups()))
 
 
 def plan_of(outputs):
@@ -89,7 +83,7 @@ def latent(paths, side):
 def by_layers(outputs):
     """The plan, where the model says which layer calls."""
     plan = plan_of(outputs)
-    if version() < (0, 5):  # from there on Wan says which layer calls
+    if version() < WAN_NAMES_LAYERS:
         pytest.skip("this ComfyUI does not say which layer calls, so the plan has one row")
     assert plan.layers != ("",)
     return plan
@@ -139,7 +133,7 @@ def test_the_calibrating_run_is_comfyuis_own_bit_for_bit_and_the_planned_one_nea
 
 
 def test_the_videos_are_compared(client, ran):
-    if version() < (0, 3, 76):
+    if version() < LOADS_THE_BUNDLED_VAE:
         pytest.skip("this ComfyUI cannot load the bundled model's VAE")
     (found,) = ran[0]["30"]["sage3_compare"]
     assert (found["frames"], found["width"], found["height"], found["labels"]) == (17, 256, 256, ["exact", "planned"])

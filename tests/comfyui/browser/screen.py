@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[3]
 FRAMES, STEPS, LAYERS = 9, 3, 6
 HOSTS = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
 # What ComfyUI's own page says on a fresh server, without this pack too: files of the user that are not there, a model that
-# it would look up, a graph that one of its parts reads early.
+# it would look up, a graph that one of its parts reads early; in 0.3.64, a setting that it changes before it is there.
 COMFYUIS_OWN = (
     "the server responded with a status of 404",
     "huggingface.co",
     "ComfyApp graph accessed before initialization",
+    "Cannot read properties of undefined (reading 'id') (at onChange in ComfyUI's files)",
 )
 
 
@@ -78,7 +79,7 @@ def open_page(client: ComfyClient, browser: Any, renderer: str, **settings: Any)
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     screen = Screen(client, page, renderer)
     page.route(lambda url: not url.startswith(HOSTS), lambda route: route.abort())
-    page.on("pageerror", lambda error: screen.faults.append(str(error)))
+    page.on("pageerror", lambda error: screen.faults.append(told(error)))
     page.on("console", lambda said: said.type == "error" and screen.faults.append(said.text))
     page.on("response", lambda answer: answer.status >= 400 and screen.faults.append(f"{answer.status} {answer.url}"))
     page.goto(client.url)
@@ -88,6 +89,14 @@ def open_page(client: ComfyClient, browser: Any, renderer: str, **settings: Any)
     return screen
 
 
+def told(error: Any) -> str:
+    """An error that nobody caught; if ComfyUI's own files raised it, with the function that did."""
+    frames = [line.strip() for line in (error.stack or "").splitlines() if line.strip().startswith("at ")]
+    if not frames or "/assets/" not in frames[0]:
+        return str(error)
+    return f"{error} ({frames[0].split(' (')[0]} in ComfyUI's files)"
+
+
 def ours(fault: str) -> bool:
     """Whether a complaint of the page is not one of ComfyUI's own."""
     if fault[:3].isdigit():
@@ -95,9 +104,9 @@ def ours(fault: str) -> bool:
     return not any(known in fault for known in COMFYUIS_OWN)
 
 
-def workflow(seed: int) -> dict[str, Any]:
+def workflow(seed: int, name: str = "text_to_video_ab") -> dict[str, Any]:
     """The A/B workflow as the editor opens it, at test size."""
-    made = json.loads((ROOT / "workflows" / "text_to_video_ab.json").read_text(encoding="utf-8"))
+    made = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     for node in made["nodes"]:
         values = node.get("widgets_values")
         if node["type"] == "EmptyHunyuanLatentVideo":

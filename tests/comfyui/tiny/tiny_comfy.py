@@ -8,6 +8,7 @@ Private parts of ComfyUI are used (the executor); what they give is what a queue
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import logging
 import sys
@@ -106,12 +107,11 @@ class Comfy:
 
     def fresh(self) -> None:
         """Forget what was computed: the next prompt loads its models anew."""
-        execution = self._execution
-        if hasattr(execution, "CacheType"):
-            cache = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-            self.executor = execution.PromptExecutor(self.server, cache_type=execution.CacheType.CLASSIC, cache_args=cache)
-        else:
-            self.executor = execution.PromptExecutor(self.server)
+        made = self._execution.PromptExecutor
+        classic: dict[str, Any] = {"cache_type": self._execution.CacheType.CLASSIC}
+        if "cache_args" in inspect.signature(made).parameters:  # not in 0.3.64
+            classic["cache_args"] = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+        self.executor = made(self.server, **classic)
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Queue ``prompt``: {"ok", "outputs" (by node), "error" (ComfyUI's message, or None)}."""
