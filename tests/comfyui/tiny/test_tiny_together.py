@@ -10,7 +10,7 @@ INT8 = LARGEST_ERROR["int8"]
 def test_cancelled_midway_nothing_is_left_behind(together):
     seen = together("interrupted")
     assert seen["cut"]["event"] == "execution_interrupted"
-    assert CALLS // 2 < seen["cut_calls"] < seen["whole_calls"] == CALLS
+    assert CALLS < seen["cut_calls"] < seen["whole_calls"] == 2 * CALLS  # ComfyUI looks once a step at least
     assert seen["left"] is False
     assert seen["plain"] == 0
     assert seen["after"] == 0
@@ -62,6 +62,9 @@ def test_out_of_memory_in_the_kernel(together):
 def test_a_wrong_result_is_replaced_and_its_layer_has_8_bits_from_then_on(together, how):
     """Every other layer keeps its 4 bits; the report names the layer."""
     seen = together(how)
+    if {call["block_index"] for call in seen["calls"]} == {None}:
+        pytest.skip("this ComfyUI does not say which layer calls, and the guard then looks once a shape")
+    assert seen["ok"]
     assert (served(seen["report"], "fp4-emulated"), served(seen["report"], "int8-emulated")) == (8, 3)
     assert fell_back(seen["report"]) == total(seen["report"]) - 8 == 4
     assert "layer double 1: fp4-emulated's result" in reasons(seen["report"])
@@ -76,21 +79,30 @@ def test_a_wrong_result_is_replaced_and_its_layer_has_8_bits_from_then_on(togeth
     assert (seen["after"], fell_back(seen["after_report"])) == (0, 0)
 
 
+def skip_if_too_late(how, seen):
+    if how.startswith("late") and not seen["late_alone"]:
+        pytest.skip("in this ComfyUI what is put into the slot at a step is not seen in it, with or without our node")
+
+
 @pytest.mark.parametrize("where", ["before", "after", "both", "late"])
 def test_a_polite_override_beside_ours(together, where):
-    """Ours serves what it would serve alone; what it does not (layer 0, which is to stay exact) reaches the other."""
+    """Ours serves what it would serve alone; what it does not (cross-attention, which is short) reaches the other."""
     seen = together("other_overrides")
+    skip_if_too_late(where, seen)
     assert seen[where]["apart"] == seen["want"] > 0
-    assert (served(seen[where]["report"]), kept_exact(seen[where]["report"])) == (8, 4)
-    expected = {"before": 4} if where in ("before", "both") else {}
+    assert (served(seen[where]["report"]), kept_exact(seen[where]["report"])) == (6, 6)
+    expected = {"before": 6} if where in ("before", "both") else {}
     assert seen[where]["counts"] == expected | ({} if where == "before" else {"after": CALLS})
 
 
 @pytest.mark.parametrize("how", ["rude", "official", "late rude"])
 def test_an_override_after_ours_that_takes_over_gets_what_ours_leaves(together, how):
+    skip_if_too_late(how, together("other_overrides"))
+    if how not in together("replaced"):
+        pytest.skip("this ComfyUI's models have no set_model_optimized_attention")
     seen = together("replaced")[how]
     assert seen["apart"] == 0
-    assert (served(seen["report"]), kept_exact(seen["report"]), seen["rude"]) == (8, 4, 4)
+    assert (served(seen["report"]), kept_exact(seen["report"]), seen["rude"]) == (6, 6, 6)
     assert "was put back" in seen["report"]["text"]
 
 
@@ -109,7 +121,7 @@ def test_two_clones_and_the_model_itself_in_one_graph(together):
     assert (seen["int8"], seen["fp4"], seen["plain"]) == (0, 0, 0)
     int8, fp4, plain = (seen["reports"][key] for key in ("5", "5b", "5c"))
     assert (served(int8, "int8-emulated"), total(int8)) == (CALLS, CALLS)
-    assert (served(fp4, "fp4-emulated"), total(fp4)) == (8, CALLS)
+    assert (served(fp4, "fp4-emulated"), total(fp4)) == (6, CALLS)
     assert "did not go through" in plain["text"]
 
 

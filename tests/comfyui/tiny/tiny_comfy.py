@@ -76,10 +76,16 @@ class Comfy:
     """The executor with the stock nodes, the pack and the nodes of ``tiny_nodes``."""
 
     def __init__(self, pack: Path, folder: Path) -> None:
+        import comfy.model_management as management
+        import comfy.utils
         import execution
         import nodes
         import server
 
+        def progress(*args: Any, **kwargs: Any) -> None:  # main.py's also looks at every step whether the user has cancelled
+            management.throw_exception_if_processing_interrupted()
+
+        comfy.utils.set_progress_bar_global_hook(progress)
         self.server = Server()
         server.PromptServer.instance = self.server
         self._nodes = nodes

@@ -85,8 +85,8 @@ class TinyOverride:
                 previous = None if "rude" in how else options.get(SLOT)
                 options[SLOT] = override
 
-        def prepare(patcher, timestep, model_options):
-            put(model_options["transformer_options"])
+        def prepare(patcher, timestep, model_options=None):  # 0.3.64 gives the first two
+            put((model_options or patcher.model_options)["transformer_options"])
 
         if how == "official":
             model.set_model_optimized_attention(official)
