@@ -1,5 +1,7 @@
 """A look at the first result of every layer and shape, before a black frame is made of it.
 
+Where a model does not say which layer calls, the calls of one forward pass are told apart by their place in it.
+
 The output must be finite, and a few of its rows must agree with exact attention as far as the precision promises. A layer
 that fails gets the next precision for the rest of the run. The look costs a wait for the GPU and about a millionth of the
 call's products, once a layer and shape: no step after the first is slower.
@@ -19,6 +21,7 @@ from .layers import Layer
 
 ROWS, HEADS = 16, 2  # that are held against exact attention, spread over all of them
 LEAST_COSINE = {"fp4": 0.9, "int8": 0.99, "int8-fast": 0.98}  # of a kernel's rows; on usual inputs 0.98, 0.9998 and 0.9996
+MOST_PLACES = 1000  # of one pass; what calls more often tells of no passes, and its calls are no longer told apart
 NEXT = {"fp4": Precision.INT8, "int8-fast": Precision.INT8}  # else exact
 
 
@@ -26,7 +29,8 @@ class Guard:
     """What was looked at in this run, and which layers are not trusted with what."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[Layer | None, str, tuple[int, ...], tuple[int, ...]]] = set()
+        self._seen: set[tuple[Layer | int | None, str, tuple[int, ...], tuple[int, ...]]] = set()
+        self._unnamed = 0  # calls of this forward pass that named no layer
         self._limits: dict[tuple[Layer | None, str], tuple[Precision, str]] = {}
         self._no_room: dict[tuple[str, tuple[int, ...], tuple[int, ...]], str] = {}
 
@@ -35,6 +39,10 @@ class Guard:
         self._seen.clear()
         self._limits.clear()
         self._no_room.clear()
+
+    def begin_pass(self) -> None:
+        """The model is about to be evaluated."""
+        self._unnamed = 0
 
     def limit(self, layer: Layer | None, kernel: str, call: HookCall) -> tuple[Precision, str] | None:
         """What a layer's call is to have in place of ``kernel`` and why, or None where that is trusted."""
@@ -48,21 +56,31 @@ class Guard:
         self._no_room[(kernel, call.q_shape, call.k_shape)] = reason
         return reason
 
-    def is_new(self, layer: Layer | None, kernel: str, call: HookCall) -> bool:
-        """Whether no result of this layer and shape has been looked at."""
-        return (layer, kernel, call.q_shape, call.k_shape) not in self._seen
+    def place(self, layer: Layer | None) -> Layer | int:
+        """What tells this call from others of its forward pass: its layer, else how many without one came before it."""
+        if layer is not None:
+            return layer
+        self._unnamed += 1
+        return min(self._unnamed, MOST_PLACES)
 
-    def seen(self, layer: Layer | None, kernel: str, call: HookCall) -> None:
-        """A result of this layer and shape has been looked at in another way."""
-        self._seen.add((layer, kernel, call.q_shape, call.k_shape))
+    def is_new(self, place: Layer | int | None, kernel: str, call: HookCall) -> bool:
+        """Whether no result of this place and shape has been looked at."""
+        return (place, kernel, call.q_shape, call.k_shape) not in self._seen
+
+    def seen(self, place: Layer | int | None, kernel: str, call: HookCall) -> None:
+        """A result of this place and shape has been looked at in another way."""
+        self._seen.add((place, kernel, call.q_shape, call.k_shape))
 
     @torch.no_grad()
-    def check(self, layer: Layer | None, kernel: str, call: HookCall, out: Tensor) -> str | None:
-        """What is wrong with the first ``out`` of this layer and shape (in the call's layout), which then has a limit.
+    def check(
+        self, layer: Layer | None, kernel: str, call: HookCall, out: Tensor, place: Layer | int | None = None
+    ) -> str | None:
+        """What is wrong with the first ``out`` of this place and shape (in the call's layout); its layer then has a limit.
 
-        Not what bad numbers in q, k or v made of it: no other kernel would mend that.
+        All calls without a layer have one limit together. ``place`` is the layer where it is not given. Not what bad numbers
+        in q, k or v made of it: no other kernel would mend that.
         """
-        key = (layer, kernel, call.q_shape, call.k_shape)
+        key = (layer if place is None else place, kernel, call.q_shape, call.k_shape)
         if key in self._seen:
             return None
         self._seen.add(key)

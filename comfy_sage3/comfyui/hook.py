@@ -103,6 +103,7 @@ class Hook:
 
     def enter_step(self, model_sampling: Any, sigma: Tensor) -> None:
         """Decide for a whole forward pass at noise level ``sigma`` (B,), which is read only if nothing else tells it."""
+        self.guard.begin_pass()
         whole = (self.plan.start, self.plan.end) == (0.0, 1.0)
         known = self.steps.sigma
         if known is None and not (whole and self.table is None):

@@ -78,6 +78,7 @@ class _Served:
     def __init__(self, hook: Hook, args: Any, kwargs: Any) -> None:
         self.hook = hook
         self.layer = Layer.of(kwargs.get("transformer_options"))
+        self.place: Layer | int | None = None  # in the forward pass, for the guard
         self.call: HookCall | None = None
         self.wish = Precision.EXACT
         self.wished = hook.plan.precision.value  # for the report
@@ -101,6 +102,8 @@ class _Served:
         if self.wish is Precision.EXACT:
             self._leave(reason, False)
             return
+        if not torch.compiler.is_compiling():  # where the guard does not look, and a count would compile anew
+            self.place = hook.guard.place(self.layer)
         self.call = call
 
     def run(self) -> Tensor | None:
@@ -122,7 +125,7 @@ class _Served:
             return None
         assert isinstance(out, Tensor)  # a tuple only with return_lse
         if not compiling:
-            wrong = hook.guard.check(self.layer, decision.kernel, call, out)
+            wrong = hook.guard.check(self.layer, decision.kernel, call, out, self.place)
             if wrong is not None:
                 self._trouble(wrong)
                 return None
@@ -143,7 +146,7 @@ class _Served:
                     container.take()
             return out
         options = self._options(call, wish)
-        first = hook.guard.is_new(self.layer, decision.kernel, call)
+        first = hook.guard.is_new(self.place, decision.kernel, call)
         if first and not self._proven(decision, call, options):
             return None
         nothing = call.q.new_empty(0)
@@ -177,14 +180,14 @@ class _Served:
         part, guard = call.of_few_heads(), self.hook.guard
         try:
             out = attention(part.q, part.k, part.v, report=Report(), **options | {"mask": part.mask})
-            wrong = guard.check(self.layer, decision.kernel, part, out)
+            wrong = guard.check(self.layer, decision.kernel, part, out, self.place)
         except Exception as error:  # as in run
             self._failed(decision, error)
             return False
         if wrong is not None:
             self._trouble(wrong)
             return False
-        guard.seen(self.layer, decision.kernel, call)
+        guard.seen(self.place, decision.kernel, call)
         return True
 
     def timing(self, kernel: str) -> AbstractContextManager[None]:

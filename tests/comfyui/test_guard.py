@@ -24,7 +24,8 @@ def tensors(seed=0):
 
 def attend(hook, layer, mask=None, seed=0):
     """One call as a model makes it -> (B, H, Lq, D)."""
-    options = {"optimized_attention_override": make_override(hook), "block_index": layer, "block_type": "double"}
+    options = {"optimized_attention_override": make_override(hook)}
+    options |= {} if layer is None else {"block_index": layer, "block_type": "double"}
     q, k, v = tensors(seed)
     return standin.attend(q, k, v, H, mask=mask, transformer_options=options, skip_reshape=True, skip_output_reshape=True)
 
@@ -91,6 +92,17 @@ def test_a_good_result_is_looked_at_once_a_layer_and_shape(monkeypatch):
     hook.begin("another run")
     attend(hook, 0)
     assert len(looked) == 3
+
+
+def test_calls_without_a_layer_are_told_apart_by_their_place_in_the_pass(monkeypatch):
+    looked = []
+    monkeypatch.setattr("comfy_sage3.comfyui.guard.agreement", lambda call, out: looked.append(1) or (True, 1.0))
+    hook = Hook(PrecisionPlan("int8"), emulate=True)
+    for calls, looks in ((3, 3), (3, 3), (4, 4)):  # three passes
+        hook.enter_step(None, torch.ones(1))
+        for _ in range(calls):
+            attend(hook, None)
+        assert len(looked) == looks
 
 
 def test_a_look_costs_next_to_nothing_of_the_calls_products():

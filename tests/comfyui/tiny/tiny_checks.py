@@ -296,14 +296,14 @@ def replaced(lab: Lab) -> dict[str, Any]:
     return seen
 
 
-def spoilt(how: Callable[[torch.Tensor], torch.Tensor]) -> Check:
-    """The 4-bit kernel's third call, the self-attention of layer 1, gives a wrong result; all others are right."""
+def spoilt(how: Callable[[torch.Tensor], torch.Tensor], name: str = "wan") -> Check:
+    """The 4-bit kernel's third call gives a wrong result; all others are right. Wan's is layer 1's self-attention."""
 
     def check(lab: Lab) -> dict[str, Any]:
         reference = lab.comfy.module("reference")
         real, count = reference.fp4_attention, 0
-        plain = lab.good(graph("wan"))["kept"]["out"]
-        want = lab.good(graph("wan", precision="fp4"))["kept"]["out"]
+        plain = lab.good(graph(name))["kept"]["out"]
+        want = lab.good(graph(name, precision="fp4"))["kept"]["out"]
 
         def wrong(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
@@ -313,10 +313,10 @@ def spoilt(how: Callable[[torch.Tensor], torch.Tensor]) -> Check:
 
         reference.fp4_attention = wrong
         try:
-            run = lab.run(graph("wan", precision="fp4"), compare=True)
+            run = lab.run(graph(name, precision="fp4"), compare=True)
         finally:
             reference.fp4_attention = real
-        after = lab.good(graph("wan", precision="fp4"))
+        after = lab.good(graph(name, precision="fp4"))
         return {
             "ok": run["ok"],
             "error": run["error"],
@@ -593,6 +593,8 @@ def group(name: str) -> dict[str, Check]:
         "out_of_memory": failing(of_memory, at=2),
         "nan": spoilt(lambda out: out * torch.nan),
         "noise": spoilt(torch.randn_like),
+        "nan_unnamed": spoilt(lambda out: out * torch.nan, "sd3"),
+        "noise_unnamed": spoilt(torch.randn_like, "sd3"),
         "other_overrides": other_overrides,
         "replaced": replaced,
         "lora": lora,
