@@ -336,6 +336,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       }
       gain = queries.gain;
     }
+    multiply(dv, p8, queries.dout8);  // under dS
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
@@ -356,8 +357,11 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
     sm90::fence_shared();
 
-    multiply(dv, p8, queries.dout8);
     multiply(dk, ds8, queries.q8t);
+    const int number = shared.number[stage];
+    sm90::barrier_wait(&shared.full[kNext], next_parity);
+    const bool more = shared.number[kNext] >= 0;
+    multiply_scores(next, y);
     int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
     sm90::sync_threads<1, 256>();  // dS of all keys is there; the other buffer has been read, and so have the last sums
@@ -370,16 +374,13 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
-    const int number = shared.number[stage];
-    sm90::barrier_wait(&shared.full[kNext], next_parity);
-    const bool more = shared.number[kNext] >= 0;
-    multiply_scores(next, y);
-    sm90::wgmma_wait<2>();
+    sm90::wgmma_wait<1>();
+    sm90::pin(y);
     __syncwarp();
     if (lane == 0) sm90::barrier_arrive(&shared.empty[stage]);
 
-    // (Where one thread waits for other blocks below, nothing may be in flight either.)
-    sm90::wgmma_wait<kDeterministic ? 0 : 1>();
+    if (more) weigh(kNext, y);  // under dQ's product
+    sm90::wgmma_wait<0>();
     sm90::pin(sums);
     constexpr int kPart = kQueryTile * D / int8::kGradWriters;  // what a warp has of the tile's sums
     constexpr int kPiece = kPart * (C::kWriters / 32);
@@ -409,9 +410,6 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       }
     }
     multiply_values(next, x);
-    sm90::wgmma_wait<1>();
-    sm90::pin(y);
-    if (more) weigh(kNext, y);
     sm90::wgmma_wait<0>();
     sm90::pin(x);
     return more;

@@ -287,7 +287,8 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     float dlse = 0.0f;
     if (token < shape.queries && p.call.dlse != nullptr) dlse = p.call.dlse[row];  // dS = P (dP - delta + dlse)
     const float a = power_below(max_nan(top, fabsf(dlse) * level.value));
-    inverse[threadIdx.x] = inverse_of_power(a);
+    // An infinity becomes NaN: e4m3 has none, and what scales a loss must see it in dV too.
+    inverse[threadIdx.x] = top < -kNegativeInfinity ? inverse_of_power(a) : __int_as_float(0x7fffffff);
     if (token < shape.queries) {
       scale = q_scale[threadIdx.x];
       const float natural = p.call.lse[row];

@@ -309,7 +309,8 @@ def test_the_gradient_of_lse(host):
     [
         ("sm90::sync_threads<1, 256>();", "dq"),  # dS of the other warpgroup is not there yet
         ("sm90::wgmma_wait<0>();\n    sm90::pin(y);", "dk"),  # dP is not
-        ("sm90::wgmma_wait<kDeterministic ? 0 : 1>();", "dq"),  # nor is dQ's product
+        ("sm90::wgmma_wait<0>();\n    sm90::pin(sums);", "dq"),  # nor is dQ's product
+        ("sm90::wgmma_wait<1>();\n    sm90::pin(y);", "dv"),  # nor S of the next tile
         # the last sums of dQ have not been read yet
         ("if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();\n    ", "dq"),
     ],
@@ -320,6 +321,17 @@ def test_a_wait_that_is_missing_is_seen_here(tmp_path, omit, spoilt):
     got, want = gradients(build(tmp_path, omit), q, k, v, dout)
     at = ("dq", "dk", "dv").index(spoilt)
     assert not cosine(got[at], want[at]) > 0.99
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_none_is_not_hidden(host, bad):
+    """What scales a loss relies on it, and e4m3 has no infinity."""
+    q, k, v, dout = (normal(1, 2, 200, 64, seed=seed) for seed in range(4))
+    dout[0, 1, 130, 7] = bad
+    got, _ = gradients(host, q, k, v, dout)
+    for x in got:
+        assert not x[0, 1].isfinite().all()
+        assert x[0, 0].isfinite().all()
 
 
 def test_a_single_key_has_no_gradient_but_its_values(host):
