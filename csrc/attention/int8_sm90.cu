@@ -16,8 +16,9 @@
 // FP8's accumulator keeps 14 bits, so that it would have to be promoted every tile or two as well.
 // Structure after FlashAttention-3 (arXiv 2407.08608: warp specialisation, setmaxnreg; its named barriers that make
 // warpgroups take turns cost 5 % here). Quantisation after SageAttention2 (arXiv 2411.10958). The grid is persistent:
-// every multiprocessor takes (head, query block) jobs, one after the other: where their lengths differ (causal, masks)
-// whoever is done takes the next (a counter in memory). Dealt out beforehand, the slowest had 10 to 36 % more than the mean.
+// every multiprocessor works on (head, query block) jobs, one after the other. Jobs that are alike are dealt out beforehand.
+// Where their lengths differ (causal, masks) the slowest would then have 10 to 36 % more than the mean: there whoever is done
+// takes the next, from a counter in memory.
 
 #include <algorithm>
 #include <cstddef>
@@ -158,16 +159,21 @@ struct KeyTiles {
 };
 
 // The producer: one thread fills the stages that the consumers have emptied.
-template <int D, bool kMask>
+template <int D, bool kMask, bool kDealt>
 __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   using C = Config<D>;
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
   Place<C::kStages> place;
   Place<kJobSlots> slot;
-  for (int number = blockIdx.x;; slot.advance()) {
-    sm90::barrier_await(&shared.job_empty[slot.stage], slot.parity ^ 1);
-    shared.job[slot.stage] = number;
-    sm90::barrier_arrive(&shared.job_full[slot.stage]);
+  int number = blockIdx.x;
+  for (int round = 0;; ++round, slot.advance()) {
+    if constexpr (kDealt) {
+      number = job_of_round(round);
+    } else {
+      sm90::barrier_await(&shared.job_empty[slot.stage], slot.parity ^ 1);
+      shared.job[slot.stage] = number;
+      sm90::barrier_arrive(&shared.job_full[slot.stage]);
+    }
     if (number >= p.jobs) return;
     const Job job(p, number);
     const KeyTiles<D, kMask> tiles(p, job);
@@ -190,12 +196,12 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
       bring(shared.v[i], p.at.v8, &shared.v_full[i]);
     }
     // Only now, with the stages full: a job taken early is one that an idle multiprocessor cannot have.
-    number = gridDim.x + (p.call.next_job != nullptr ? atomicAdd(p.call.next_job, 1) : number);
+    if constexpr (!kDealt) number = gridDim.x + (p.call.next_job != nullptr ? atomicAdd(p.call.next_job, 1) : number);
   }
 }
 
 // Brings Q to one consumer: one thread's work. The next job's Q comes while the consumer still finishes the last one.
-template <int D>
+template <int D, bool kDealt>
 __device__ __forceinline__ void produce_queries(const Params& p, Shared<D>& shared, int consumer) {
   const int64_t query_tiles = p.call.shape.query_tiles();
   const auto* const base = static_cast<const unsigned char*>(p.call.workspace);
@@ -203,10 +209,14 @@ __device__ __forceinline__ void produce_queries(const Params& p, Shared<D>& shar
   auto& q_scale = shared.q_scale[consumer];
   uint64_t* const full = &shared.q_full[consumer];
   Place<kJobSlots> slot;
-  for (uint32_t parity = 1;; parity ^= 1, slot.advance()) {
-    sm90::barrier_await(&shared.job_full[slot.stage], slot.parity);
-    const int number = shared.job[slot.stage];
-    sm90::barrier_await(&shared.q_empty[consumer], parity);
+  for (int round = 0;; ++round, slot.advance()) {
+    int number = job_of_round(round);
+    if constexpr (!kDealt) {
+      sm90::barrier_await(&shared.job_full[slot.stage], slot.parity);
+      number = shared.job[slot.stage];
+    }
+    if (kDealt && number >= p.jobs) return;
+    sm90::barrier_await(&shared.q_empty[consumer], static_cast<uint32_t>(round & 1) ^ 1);
     if (number >= p.jobs) {  // the consumer is to see it too
       sm90::barrier_arrive(full);
       return;
@@ -278,7 +288,7 @@ __device__ __forceinline__ void promote(float (&o)[kAll], int first, const int (
 }
 
 // A consumer warpgroup. What a job's end needs is computed there once more: registers are what the loop is short of.
-template <int D, bool kMask, bool kFast>
+template <int D, bool kMask, bool kFast, bool kDealt>
 __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int consumer) {
   using C = Config<D>;
   constexpr int kBlocks = (D + C::kBlock - 1) / C::kBlock;
@@ -324,14 +334,18 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     for (int i = 0; i < D / 4; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
   };
 
+  const auto number_of = [&](int round) { return kDealt ? job_of_round(round) : shared.job[round % kJobSlots]; };
+
   for (int round = 0;; ++round) {
-    sm90::barrier_wait(&shared.q_full[consumer], static_cast<uint32_t>(round & 1));
-    const int number = shared.job[round % kJobSlots];
+    const auto await_queries = [&] { sm90::barrier_wait(&shared.q_full[consumer], static_cast<uint32_t>(round & 1)); };
+    if constexpr (!kDealt) await_queries();
+    const int number = number_of(round);
     if (number >= p.jobs) return;
     const Job job(p, number);
     const KeyTiles<D, kMask> tiles(p, job);
     const int query_tile = job.block * C::kConsumers + consumer, first_row = query_tile * kQueryTile;
     const float* const q_scale = &shared.q_scale[consumer][16 * warp + g];
+    if constexpr (kDealt) await_queries();
     [[maybe_unused]] float reach = 0.0f;  // times a tile's k_scale: no exponent of the rows is larger, either sign
     if constexpr (kFast) {
       int norm[2] = {0, 0};
@@ -400,7 +414,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         scores_as_floats(s, c, visible);
         if constexpr (kMask) {
           if (mask != kMaskAll) {
-            const Job here(p, shared.job[opaque(round) % kJobSlots]);
+            const Job here(p, number_of(opaque(round)));
             add_mask(s, p.call, here.batch, here.head, row, column);
           }
         }
@@ -436,7 +450,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       place.advance();
     }
 
-    const Job done(p, shared.job[opaque(round) % kJobSlots]);
+    const Job done(p, number_of(opaque(round)));
     const int row0 = (done.block * C::kConsumers + consumer) * kQueryTile + 16 * warp;
     float inverse[2], lse[2];
     if constexpr (kReferenceAside) state.m[0] = reference.m[0], state.m[1] = reference.m[1];
@@ -460,12 +474,14 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
       }
     }
-    __syncwarp();
-    release(&shared.job_empty[round % kJobSlots]);
+    if constexpr (!kDealt) {
+      __syncwarp();  // all lanes have read the job's number
+      release(&shared.job_empty[round % kJobSlots]);
+    }
   }
 }
 
-template <int D, bool kMask, bool kFast>
+template <int D, bool kMask, bool kFast, bool kDealt>
 __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const __grid_constant__ Params p) {
   using C = Config<D>;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -476,8 +492,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
       sm90::barrier_init(&shared.k_empty[i], 4 * C::kConsumers), sm90::barrier_init(&shared.v_empty[i], 4 * C::kConsumers);
     }
     for (int i = 0; i < C::kConsumers; ++i) sm90::barrier_init(&shared.q_full[i], 1), sm90::barrier_init(&shared.q_empty[i], 4);
-    for (int i = 0; i < kJobSlots; ++i) {
-      sm90::barrier_init(&shared.job_full[i], 1), sm90::barrier_init(&shared.job_empty[i], 4 * C::kConsumers);
+    if constexpr (!kDealt) {
+      for (int i = 0; i < kJobSlots; ++i) {
+        sm90::barrier_init(&shared.job_full[i], 1), sm90::barrier_init(&shared.job_empty[i], 4 * C::kConsumers);
+      }
     }
     sm90::fence_barrier_init();
   }
@@ -485,15 +503,15 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1) int8_attention(const _
   if (threadIdx.x < 128) {
     sm90::register_budget_down<C::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    if (threadIdx.x % 32 == 0 && warp == 0) produce<D, kMask>(p, shared);
-    if (threadIdx.x % 32 == 0 && warp > 0 && warp <= C::kConsumers) produce_queries<D>(p, shared, warp - 1);
+    if (threadIdx.x % 32 == 0 && warp == 0) produce<D, kMask, kDealt>(p, shared);
+    if (threadIdx.x % 32 == 0 && warp > 0 && warp <= C::kConsumers) produce_queries<D, kDealt>(p, shared, warp - 1);
   } else {
     sm90::register_budget_up<C::kConsumerRegisters>();
-    consume<D, kMask, kFast>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
+    consume<D, kMask, kFast, kDealt>(p, shared, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1);
   }
 }
 
-template <int D, bool kMask, bool kFast>
+template <int D, bool kMask, bool kFast, bool kDealt>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   using C = Config<D>;
   constexpr int64_t kCacheBytes = 8 << 20;  // of the 50 MB L2, for K and V of a group of heads: 24 MB cost 13 %, 4 MB 7 %
@@ -505,7 +523,7 @@ cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   if (heads * blocks > (1 << 30)) return cudaErrorInvalidValue;  // more Q than any memory holds
   const Params params{call, int8::Workspace(shape), static_cast<int>(heads * blocks), static_cast<int>(blocks),
                       static_cast<int>(std::min(fitting, heads))};
-  const auto kernel = int8_attention<D, kMask, kFast>;
+  const auto kernel = int8_attention<D, kMask, kFast, kDealt>;
   const int bytes = sizeof(Shared<D>);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -518,8 +536,11 @@ template <int D>
 cudaError_t launch(const Int8Attend& call, cudaStream_t stream) {
   constexpr bool kFast = D != 256;  // there the products take twice as long as the exponentials: nothing to gain
   const bool fast = kFast && call.fast;
-  if (call.mask.data == nullptr) return fast ? launch<D, false, kFast>(call, stream) : launch<D, false, false>(call, stream);
-  return fast ? launch<D, true, kFast>(call, stream) : launch<D, true, false>(call, stream);
+  const auto unmasked = [&](auto dealt) {
+    return fast ? launch<D, false, kFast, dealt>(call, stream) : launch<D, false, false, dealt>(call, stream);
+  };
+  if (call.mask.data == nullptr) return call.next_job == nullptr ? unmasked(std::true_type()) : unmasked(std::false_type());
+  return fast ? launch<D, true, kFast, false>(call, stream) : launch<D, true, false, false>(call, stream);
 }
 
 }  // namespace

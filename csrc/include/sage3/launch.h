@@ -37,7 +37,7 @@ struct Int8Attend {
   bool causal;            // query i attends keys 0..i
   bool fast;              // exponentials within 6 % in place of exact ones; sm90 only
   int multiprocessors;
-  int* next_job = nullptr;  // where jobs differ in length: 0, counts those taken by multiprocessors that were done; sm90 only
+  int* next_job = nullptr;  // or 0, where jobs differ in length: counts those that multiprocessors have taken; sm90 only
   float* peak = nullptr;  // or (B, H, Lq): receives a row's largest weight, or down to 2^-kNearLazy of it; sm90, not fast
 };
 
