@@ -59,9 +59,12 @@ def _row(row: dict[str, Any], labels: dict[str, tuple[str, str]]) -> dict[str, A
 
 
 def gather(folder: Path) -> dict[str, Any]:
-    """Every result of the attention benchmark under ``folder``, condensed, by the name of the GPU."""
+    """Each GPU's result of the attention benchmark under ``folder``, condensed, by the name of the GPU.
+
+    That is the file with the GPU's name alone (h200.json): h200-taken.json is a run of something special.
+    """
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(p for p in folder.glob("*.json") if "-" not in p.stem):
         result = json.loads(path.read_text("utf-8"))
         if isinstance(result, dict) and result.get("schema") == BENCHMARK_SCHEMA and "peers" in result:
             found.append(condensed(result))
