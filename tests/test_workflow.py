@@ -24,7 +24,7 @@ from comfy_sage3.workflow.document import set_input
 
 ROOT = Path(__file__).resolve().parents[1]
 # the bundled model's; those for real models: tests/comfyui/test_workflows.py
-OWN = ("text_to_video_ab", "text_to_video_ab_latent", "calibrate_then_run")
+OWN = ("text_to_video", "text_to_video_ab", "text_to_video_ab_latent", "calibrate_then_run")
 WORKFLOWS = [ROOT / "workflows" / "api" / f"{name}.json" for name in OWN]
 SMALL = {"1": {"class_type": "Source", "inputs": {"text": "a", "n": 2}}}
 

@@ -143,6 +143,13 @@ The model is bundled and tiny; its prompts use a small vocabulary (colours, shap
 After a run each Sage3 Attention node says how many calls it served and why others fell back. The tab Sage3 of the
 bottom panel has the map of layers and steps.
 """
+TEXT_NOTE = """**A video from a prompt, with Sage3 Attention put in front of the sampler and no widget touched.**
+
+The model is bundled and tiny; its prompts use a small vocabulary (colours, shapes, motions, backgrounds).
+`auto` runs attention in fewer bits where this GPU has a kernel that is faster so, and leaves it exact elsewhere: on a CPU
+always, on a Hopper GPU below 4096 tokens (this video has 1280; 480 x 480, 33 frames and shift 7 have 8100). Sage3 Report
+says what it did and why.
+"""
 PLAN_NOTE = """**Calibrate once, then run with the plan.**
 
 Sage3 Precision Plan samples with exact attention, measures what 4 and 8 bits would cost in each layer at four steps, and
@@ -172,7 +179,7 @@ def main() -> None:
         saves_latents = any(n["class_type"] == "SaveLatent" for n in workflow.values())
         compares = any(n["class_type"] == "Sage3Compare" for n in workflow.values())
         plans = any(n["class_type"] == "Sage3PrecisionPlan" for n in workflow.values())
-        note = PLAN_NOTE if plans else NOTE
+        note = PLAN_NOTE if plans else NOTE if compares or saves_latents else TEXT_NOTE
         editor = to_editor(workflow, infos, note + COMPARE_NOTE * compares + LATENT_NOTE * saves_latents)
         text = json.dumps(editor, indent=1) + "\n"
         (path.parent.parent / path.name).write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from .server import serve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run``."""
-    parser.add_argument("workflow", type=Path, help="a workflow in API format, such as workflows/api/text_to_video_ab.json")
+    parser.add_argument("workflow", type=Path, help="a workflow in API format, such as workflows/api/text_to_video.json")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--server", metavar="URL", help="a running ComfyUI with this pack, such as http://127.0.0.1:8188")
     where.add_argument("--comfyui", type=Path, metavar="PATH", help="a ComfyUI checkout: start it for this run")

@@ -73,7 +73,7 @@ def test_the_pack_registers(client):
         assert answer.read() == (ROOT / "web/docs/Sage3Attention.md").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["text_to_video_ab", "text_to_video_ab_latent"])
+@pytest.mark.parametrize("name", ["text_to_video", "text_to_video_ab", "text_to_video_ab_latent"])
 def test_editor_and_api_formats_agree(client, name):
     assert as_the_editor_reads(client, name) == as_the_server_gets(name)
 
@@ -155,6 +155,62 @@ def test_videos(client, tmp_path):
     half = LAYERS * STEPS
     assert (exact["calls"], exact["accelerated"], exact["fell_back"]) == (2 * half, 0, 0)
     assert (fp4["calls"], fp4["accelerated"], fp4["fell_back"]) == (2 * half, half, 0)
+
+
+def test_text_to_video_has_sage3_attention_as_a_new_node_comes(client):
+    given = dict(load_workflow(ROOT / "workflows" / "api" / "text_to_video.json")["7"]["inputs"])
+    assert given.pop("model") == ["2", 0]
+    spec = client.object_info("Sage3Attention")["Sage3Attention"]["input"]
+    known = spec["required"] | spec["optional"]
+    assert set(known) == {*given, "model", "plan"}
+    assert given == {name: known[name][1]["default"] for name in given}
+
+
+@pytest.mark.parametrize("precision", [None, "fp4", "int8"])
+def test_text_to_video(client, tmp_path, precision):
+    """As it is but for fewer steps, its calls being long enough for the node's defaults; small for a given precision."""
+    made = load_workflow(ROOT / "workflows" / "api" / "text_to_video.json")
+    least, shape = 1024, (17, 256, 256, 3)
+    if precision is not None:
+        least, shape = 16, (5, 64, 64, 3)
+        made["7"]["inputs"] |= {"precision": precision, "emulate": True, "min_tokens": least}
+        made["5"]["inputs"] |= SIZE
+    made["8"]["inputs"]["steps"] = STEPS
+    made["12"] = {"class_type": "SaveLatent", "inputs": {"samples": ["9", 1], "filename_prefix": "sage3/video"}}
+    if version() < LOADS_THE_BUNDLED_VAE:
+        del made["6"], made["10"], made["11"]
+    entry, paths = run(client, made, tmp_path)
+    (told,) = entry["outputs"]["9"]["sage3_run"]
+    half = LAYERS * STEPS  # self-attention; cross-attention is the other half
+    counts = told["calls"], told["accelerated"], told["fell_back"], told["exact"]
+    by_kind = {(kind(x["kernel"]), x["reason"].split(":")[0]): x["calls"] for x in told["lines"]}
+    assert by_kind.pop(("exact", f"fewer than {least} tokens")) == half
+    ((served, reason), calls) = by_kind.popitem()
+    assert (calls, by_kind) == (half, {})
+    if precision is not None:
+        assert served == precision
+    elif served == "exact":
+        assert reason.startswith("auto")  # no kernel, or none that is faster at this length
+    assert counts == ((2 * half, 0, 0, 2 * half) if served == "exact" else (2 * half, half, 0, half))
+    assert (told["step"], told["steps"], told["running"]) == (STEPS, STEPS, False)
+    assert client.texts(entry)["9"].splitlines()[0] == (
+        f"{2 * half} attention calls: {counts[1]} accelerated, 0 fell back, {counts[3]} left exact"
+    )
+    assert latent(paths, "12_").isfinite().all()
+    if "11" in made:
+        (path,) = [p for p in paths if p.suffix == ".webp"]
+        shown = frames_of(path)
+        assert shown.shape == shape
+        assert (shown.std(axis=(1, 2, 3)) > 3).all()
+        assert (np.abs(np.diff(shown, axis=0)).mean(axis=(1, 2, 3)) > 0.1).all()
+
+
+def frames_of(path):
+    """(F, H, W, 3), 0 to 255."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as video:
+        return np.stack([np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(video)])
 
 
 def test_an_unknown_word_is_refused_before_anything_runs(client):

@@ -23,8 +23,8 @@ MUST = (
     "__init__.py", "LICENSE", "README.md", "pyproject.toml", "CHANGELOG.md", "comfy_sage3/comfyui/nodes.py",
     "comfy_sage3/demo/weights/sage3_demo_wan.safetensors", "comfy_sage3/demo/weights/sage3_demo_vae.safetensors",
     "csrc/binding.cpp", "csrc/include/sage3", "locales/en/nodeDefs.json", "locales/zh/nodeDefs.json", "web/icon.svg",
-    "web/js", "web/docs/Sage3Attention.md", "workflows/text_to_video_ab.json",
-    "workflows/api/text_to_video_ab.json", "workflows/NOTICE.md",
+    "web/js", "web/docs/Sage3Attention.md", "workflows/text_to_video.json", "workflows/api/text_to_video.json",
+    "workflows/text_to_video_ab.json", "workflows/api/text_to_video_ab.json", "workflows/NOTICE.md",
 )  # fmt: skip
 MUST_NOT = ("tests/", "benchmarks/", "docs/", ".ci/", "Makefile", "setup.py", "constraints.txt", ".git")
 

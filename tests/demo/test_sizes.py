@@ -12,6 +12,7 @@ from comfy_sage3.demo import sizes
 from comfy_sage3.demo.prompts import TOKENS
 from comfy_sage3.demo.sizes import CPU_SIZE, GPU_SIZE, Size
 from comfy_sage3.errors import InputError
+from comfy_sage3.precision import MIN_TOKENS as USUAL_MIN_TOKENS
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
@@ -126,11 +127,20 @@ def test_the_least_length_keeps_the_prompt_exact_and_the_video_in_low_precision(
     assert TOKENS < sizes.MIN_TOKENS <= CPU_SIZE.tokens
 
 
-@pytest.mark.parametrize("name", ["text_to_video_ab", "text_to_video_ab_latent", "calibrate_then_run"])
-def test_the_workflows_use_this_sizes_shift_and_least_length(name):
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("text_to_video", USUAL_MIN_TOKENS),  # Sage3 Attention as it comes
+        ("text_to_video_ab", sizes.MIN_TOKENS),
+        ("text_to_video_ab_latent", sizes.MIN_TOKENS),
+        ("calibrate_then_run", sizes.MIN_TOKENS),
+    ],
+)
+def test_the_workflows_use_this_sizes_shift_and_a_least_length_that_lets_the_video_in(name, least):
     nodes = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text()).values()
     inputs = {kind: [n["inputs"] for n in nodes if n["class_type"] == kind] for kind in {n["class_type"] for n in nodes}}
     (video,) = inputs["EmptyHunyuanLatentVideo"]
     size = Size(video["width"], video["height"], video["length"])
     assert {x["shift"] for x in inputs["ModelSamplingSD3"]} == {size.shift}
-    assert {x["min_tokens"] for x in inputs["Sage3Attention"]} == {sizes.MIN_TOKENS}
+    assert {x["min_tokens"] for x in inputs["Sage3Attention"]} == {least}
+    assert TOKENS < least <= size.tokens
