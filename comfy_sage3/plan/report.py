@@ -14,7 +14,8 @@ def report(plan: LayerPlan) -> str:
     budget = plan.budget
     named = f"layer {layer}" if layer else "the model"
     lines = [
-        f"Plan for {plan.model}: {len(plan.layers)} layers, {sum(plan.steps)} steps, {len(plan.sigmas)} of them measured.",
+        f"Plan for {plan.model}: {_number(len(plan.layers), 'layer')}, {_number(sum(plan.steps), 'step')}, "
+        f"{len(plan.sigmas)} of them measured.",
         ", ".join(f"{p.value} in {n} of {total} layer steps ({n / total:.0%})" for p, n in counts.items()) + ".",
         f"Error: {plan.mean_error:.4f} in the mean (budget {budget.name}: {budget.error:g}), at most {worst:.4f} "
         f"({named} at sigma {sigma:.3g}; limit {budget.most:g}).",
@@ -52,6 +53,10 @@ def _mean(plan: LayerPlan, precision: Precision) -> float:
     cells = [(steps, row[column]) for row in table for column, steps in enumerate(plan.steps) if row[column] is not None]
     total = sum(steps for steps, _ in cells)
     return sum(steps * (error or 0.0) for steps, error in cells) / total if total else 0.0
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _time(seconds: float) -> str:

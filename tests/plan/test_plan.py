@@ -126,6 +126,13 @@ def test_anything_else_is_refused_in_one_sentence(case):
     assert str(error.value).endswith((" again.", " it again."))
 
 
+def test_the_report_counts_one_layer_and_one_step_as_one():
+    assert report(made()).startswith("Plan for WanModel-0123456789abcdef: 2 layers, 4 steps, 2 of them measured.\n")
+    one = {"errors": {FP4: ((0.08,),)}, "seconds": {EXACT: ((1.0,),), FP4: ((0.25,),)}, "chosen": ((FP4,),)}
+    said = report(made(layers=("",), sigmas=(1.0,), steps=(1,), **one))
+    assert said.startswith("Plan for WanModel-0123456789abcdef: 1 layer, 1 step, 1 of them measured.\n")
+
+
 def test_the_report_says_what_was_modelled_and_what_is_left_to_gain():
     said = report(made())
     assert "fp4 in 1 of 7 layer steps" in said

@@ -127,6 +127,14 @@ export function t(text, ...values) {
     return (words[text] ?? text).replace(/\{(\d)\}/g, (_, i) => values[i] ?? "");
 }
 
+export function layersText(count) {
+    return count === 1 ? t("1 layer") : t("{0} layers", count);
+}
+
+export function stepsText(count) {
+    return count === 1 ? t("1 step") : t("{0} steps", count);
+}
+
 export function secondsText(seconds) {
     const size = Math.abs(seconds);
     return size < 0.0995 ? `${(seconds * 1000).toFixed(size < 0.00995 ? 1 : 0)} ms` : `${seconds.toFixed(size < 10 ? 2 : 1)} s`;

@@ -1,5 +1,5 @@
 // The map of a run: a row for each layer, a column for each step, coloured by the kernel that did most of the work there.
-import { el, t } from "./sage3_common.js";
+import { el, layersText, stepsText, t } from "./sage3_common.js";
 import { inOrder, kernelText, kindOf, swatch } from "./sage3_kernels.js";
 
 const LEFT = 64, TOP = 5, BOTTOM = 22; // room for names of layers and numbers of steps
@@ -14,7 +14,7 @@ export function mapView(run, height = 300) {
     const canvas = el("canvas", {
         tabIndex: 0,
         role: "img",
-        "aria-label": `${t("Map of layers and steps")}: ${t("{0} layers", layers.length)}, ${t("{0} steps", steps)}`,
+        "aria-label": `${t("Map of layers and steps")}: ${layersText(layers.length)}, ${stepsText(steps)}`,
         style: { width: `${LEFT + w * steps}px`, height: `${TOP + h * layers.length + BOTTOM}px` },
     });
     const read = el("div", { className: "sage3-quiet", "aria-live": "polite" }, t("Point at the map, or focus it and press the arrow keys."));

@@ -1,5 +1,5 @@
 // One run of one Sage3 Attention node, as elements: the badge, the mix of kernels, the reasons, the tables.
-import { el, percent, secondsText, t } from "./sage3_common.js";
+import { el, layersText, percent, secondsText, stepsText, t } from "./sage3_common.js";
 import { bar, FELL_BACK, inOrder, kernelText, swatch } from "./sage3_kernels.js";
 
 const GOOD = "#2fb48a", DOUBTFUL = "#e69f00", BAD = "#e8743b", NEUTRAL = "#999";
@@ -44,7 +44,7 @@ export function timeText(run) {
 // Everything in one glance; what a Sage3 Attention node shows.
 export function summary(run) {
     const { word, colour, why } = verdict(run);
-    const step = run.running ? t("step {0} of {1}", run.step, run.steps) : run.steps ? t("{0} steps", run.steps) : null;
+    const step = run.running ? t("step {0} of {1}", run.step, run.steps) : run.steps ? stepsText(run.steps) : null;
     const head = el("div", { className: "sage3-row" },
         el("span", { className: "sage3-badge", style: { background: colour } }, word),
         el("span", { className: "sage3-quiet" }, [step, timeText(run)].filter(Boolean).join(" · ")),
@@ -103,7 +103,7 @@ export function tables(run) {
             );
         });
         const heads = [t("layer"), t("kernels"), t("calls"), t("fell back"), t("time")];
-        made.push(el("details", { "data-key": "layers" }, el("summary", {}, t("{0} layers", run.layers.length)), table(heads, rows)));
+        made.push(el("details", { "data-key": "layers" }, el("summary", {}, layersText(run.layers.length)), table(heads, rows)));
     }
     return made;
 }

@@ -376,6 +376,15 @@ def test_seconds_saved_are_told_where_they_were_measured(screen):
     assert "0.25 s lost" in box.inner_text()
 
 
+def test_one_layer_and_one_step_are_counted_as_one(screen):
+    box = screen.element(LOW, "status")
+    for steps, text in ((1, "1 step"), (4, "4 steps")):
+        screen.send("sage3.status", payload(steps=steps, step=steps, lines=[line("fp4-sm120", 8)]))
+        assert box.locator(".sage3-quiet").first.inner_text() == text
+    ask = "async count => (await import('/extensions/comfy-sage3/js/sage3_common.js')).layersText(count)"
+    assert [screen.page.evaluate(ask, count) for count in (1, 6)] == ["1 layer", "6 layers"]
+
+
 def test_live_status_can_be_turned_off(screen):
     box = screen.element(LOW, "status")
     running = payload(running=True, step=2, lines=[line("fp4-sm120", 4)])
