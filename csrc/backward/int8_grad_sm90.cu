@@ -16,6 +16,8 @@
 //
 // dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in the accumulators' own
 // order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
+// At head dim 128 the registers do not suffice: 12 words, with `deterministic` more, lie in local memory.
+// sass: 60 accesses to local memory in the main loops of int8_grad<128
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
 #include <algorithm>

@@ -633,7 +633,11 @@ __device__ __forceinline__ float value_level(double square_sum, int64_t count) {
 template <class T, int D, bool kDense>
 __global__ void __launch_bounds__(kStatisticsThreads, 1) fp4_statistics(const __grid_constant__ Params p) {
   constexpr int kRowLanes = D / kChunk, kRows = kStatisticsThreads / kRowLanes, kTurns = kSamples / kRows;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // ptxas makes more of the same there
+  constexpr int kFitting = kDense ? 8 / int(sizeof(T)) : 1;
+#else
   constexpr int kFitting = (kDense ? 16 : 8) / int(sizeof(T));  // chunks that registers have room for
+#endif
   constexpr int kBatch = kTurns < kFitting ? kTurns : kFitting;
   __shared__ double partial[kStatisticsThreads / 32][D];
   __shared__ float origin_of[D];

@@ -19,6 +19,11 @@ using nvfp4::kTile;
 constexpr int kThreads = 128;
 constexpr int kJobs = 64;      // query tiles of a block
 constexpr int kChannels = 32;  // at a time
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocks = 3;  // of a multiprocessor; with four ptxas spills there
+#else
+constexpr int kBlocks = 4;
+#endif
 
 struct Params {
   Fp4Correct call;
@@ -68,7 +73,7 @@ __device__ __forceinline__ float& key_at(Shared& shared, int channel, int token)
 }
 
 template <class T, bool kDense>
-__global__ void __launch_bounds__(kThreads, 4) fp4_correct_tiles(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) fp4_correct_tiles(const __grid_constant__ Params p) {
   __shared__ Shared shared;
   const nvfp4::Shape& shape = p.call.shape;
   const int part = blockIdx.x % p.parts, tile = blockIdx.x / p.parts % p.at.key_tiles;

@@ -1,6 +1,7 @@
 """``python -m comfy_sage3 sass``: the table, the faults, and one real run where there is a compiler."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ def test_faults():
     assert kernel(loop(*WORK), spills=8).fault is None  # outside the loops: once per block, or a producer that waits
     assert kernel(spills=8).fault == "spills 8 bytes"  # without a loop of products there is no outside
     assert kernel(loop(*WORK, "LDL")).fault == "1 accesses to local memory in its main loops"
+
+
+def test_what_a_source_admits_is_said_and_no_fault_but_more_is(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.cu").write_text("")
+    made = [kernel(loop(*WORK, "LDL")), kernel(loop(*WORK), spills=8)]
+    monkeypatch.setattr(sass, "examine", lambda *args, **kwargs: [replace(k, admitted=1) for k in made])
+    assert sass.run(arguments("--csrc", str(tmp_path))) == 0
+    out = capsys.readouterr().out
+    assert "ADMITTED loop<128, true> on sm_90a (attention/x.cu): 1 accesses to local memory in its main loops" in out
+    made[0] = kernel(loop(*WORK, "LDL", "STL"))
+    assert sass.run(arguments("--csrc", str(tmp_path))) == 1
+    assert "2 accesses to local memory in its main loops, where its source admits 1" in capsys.readouterr().out
+
+
+def test_a_source_admits_for_the_kernels_that_it_names():
+    text = "// sass: 60 accesses to local memory in the main loops of int8_grad<128\n"
+    assert sass.ADMITTED.findall(text) == [("60", "int8_grad<128")]
+    assert sass.ADMITTED.findall(text.replace("// sass", "// so sass")) == []
 
 
 def test_notes_of_ptxas_are_shown():
