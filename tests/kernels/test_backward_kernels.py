@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
-import subprocess
-from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
-from pathlib import Path
+from ctypes import c_bool, c_float, c_int64, c_void_p
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from comfy_sage3.kernels import training
-from comfy_sage3.kernels.sources import find_tree
+from .emulated import (
+    Forward,
+    Shape,
+    Tensor4,
+    build,
+    mask_tiles,
+    memory,
+    normal,
+    one_thread,
+    setting,
+    some_mask,
+    translate,
+    view,
+)
 
-from .test_nvfp4 import cxx
-
-HERE = Path(__file__).parent
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-LAUNCH = re.compile(r"(?m)^( *)(.+?)<<<(.+), (.+?), (.+?), stream>>>\((\w+)\);")
-SHARED = "extern __shared__ __align__(1024) unsigned char memory[];"
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [(name, c_int) for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")]
-
-
-class Tensor4(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_int)]
+# Statements of the main kernel, and a gradient that goes wrong without: dS of the other warpgroup is not there yet; dP is
+# not; nor is dQ's product; nor S of the next tile; the last sums of dQ have not been read yet.
+WAITS = {
+    "sm90::sync_threads<1, 256>();": "dq",
+    "sm90::wgmma_wait<0>();\n    sm90::pin(y);": "dk",
+    "sm90::wgmma_wait<0>();\n    sm90::pin(sums);": "dq",
+    "sm90::wgmma_wait<1>();\n    sm90::pin(y);": "dv",
+    "if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();\n    ": "dq",  # not the one at the end
+}
 
 
 class SaveOutput(ctypes.Structure):
@@ -52,136 +55,15 @@ class Backward(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("backward"))
-
-
-def build(folder, omit=None):
-    """The sources as a library for this CPU; without the statement ``omit`` of the main kernel."""
-    defines = []
-    for macro, stem, launches in (("SAGE3_PREPARE", "int8_prepare", 6), ("SAGE3_GRAD", "int8_grad_sm90", 1)):
-        text = (find_tree().root / "backward" / f"{stem}.cu").read_text(encoding="utf-8")
-        if omit is not None and stem == "int8_grad_sm90":
-            assert text.count(omit) == 1
-            text = text.replace(omit, "")
-        text = text.replace(SHARED, "unsigned char* const memory = emulator::shared_memory();")
-        text = text.replace("__shared__ alignas(16) T", "alignas(16) __shared__ T")  # where C++ wants it
-        text, found = LAUNCH.subn(r"\1emulator::run(\3, \4, \5, [&] { \2(\6); });", text)
-        assert found == launches
-        text = text.replace("namespace {\n", f"namespace {stem} {{\n", 1)  # both files become one
-        text = text.replace("}  // namespace\n", f"}}  // namespace\nusing namespace {stem};\n", 1)
-        (folder / f"{stem}.cu").write_text(text, encoding="utf-8")
-        defines.append(f'-D{macro}="{folder / f"{stem}.cu"}"')
-    flags = ["-std=c++20", "-O2" if omit is None else "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC", *defines]
-    includes = [f"-I{HERE / 'emulator'}", f"-I{find_tree().root / 'include'}"]
-    command = [cxx(), *flags, *includes, "-o", folder / "host.so", HERE / "backward_host.cpp"]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    library = ctypes.CDLL(str(folder / "host.so"))
-    library.saved_bytes.restype = library.workspace_bytes.restype = c_int64
-    return library
-
-
-def view(x):
-    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return Tensor4(x.data_ptr(), (c_int64 * 4)(*strides), DTYPES[x.dtype])
-
-
-def mask_tiles(mask):
-    """mask_tiles.cuh's byte for every 64 x 128 of a mask (B or 1, H or 1, Lq or 1, Lk): nobody, everybody, mixed."""
-    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
-    plain = mask if mask.dtype == torch.bool else mask == 0
-    (b, h, lq, lk), found = mask.shape, []
-    for rows in torch.arange(lq).split(64):
-        for columns in torch.arange(lk).split(128):
-            part = (..., rows[:, None], columns)
-            none, every = hidden[part].all(-1).all(-1), plain[part].all(-1).all(-1)
-            found.append(torch.where(none, 0, torch.where(every, 1, 2)))
-    return torch.stack(found, -1).to(torch.uint8).reshape(b, h, -1, -(-lk // 128)).contiguous()
-
-
-def memory(size):
-    """1024-byte aligned, all NaN."""
-    block = torch.full((size + 1024,), 0xFF, dtype=torch.uint8)
-    start = -block.data_ptr() % 1024
-    return block[start : start + size]
-
-
-def to_tokens(x, count):
-    return F.pad(x, (0, 0, 0, count - x.shape[2]))
-
-
-def codes(x, dims):
-    scale = x.abs().amax(dims, keepdim=True) / 127
-    return (x / torch.where(scale == 0, 1.0, scale)).round(), scale
-
-
-class Forward:
-    """What the forward pass leaves of q, k and v, and the attention of what it stands for."""
-
-    def __init__(self, host, q, k, v, scale, causal, mask=None):
-        (b, h, lq, d), (hkv, lk) = q.shape, k.shape[1:3]
-        self.shape, self.dim = Shape(b, h, hkv, lq, lk, d), training.padded_head_dim(d)
-        q, k, v = (F.pad(x.float(), (0, self.dim - d)) for x in (q, k, v))
-        self.saved = memory(host.saved_bytes(ctypes.byref(self.shape)))
-        self.at = (c_int64 * 8)()
-        host.saved_parts(ctypes.byref(self.shape), self.at)
-        offsets = [torch.empty(n, self.dim, dtype=torch.int32) for n in (64, 128, 128)]
-        host.saved_offsets(self.dim, *(c_void_p(x.data_ptr()) for x in offsets))
-
-        query_tiles, key_tiles = -(-lq // 64), -(-lk // 128)
-        log2e = math.log2(math.e)
-        q8, s = codes(q * scale * log2e, (-1,))
-        self.put_codes(0, to_tokens(q8, query_tiles * 64).unflatten(2, (-1, 64)), offsets[0])
-        self.put(1, to_tokens(s, query_tiles * 64))
-        self.q = q8 * s / log2e  # with the softmax scale
-        k8, s = codes(to_tokens(k - k.mean(2, keepdim=True), key_tiles * 128).unflatten(2, (key_tiles, 16, 4, 2)), (3, 5, 6))
-        self.put_codes(2, k8.flatten(3, 5), offsets[1])
-        self.put(3, s)
-        self.k = (k8 * s).flatten(2, 5)[:, :, :lk]
-        mean, norm = v.mean(2, keepdim=True), v.std(2, keepdim=True, unbiased=False)
-        norm = torch.where(norm > 1e-3, norm, 1.0)
-        v8, s = codes(to_tokens((v - mean) / norm, key_tiles * 128).unflatten(2, (-1, 128)).unflatten(-1, (-1, 32)), (3, 5))
-        self.put_codes(4, v8.flatten(-2), offsets[2])
-        self.put(5, F.pad(s.flatten(2), (0, 0)).reshape(-1, self.dim // 32), columns=4)
-        self.put(6, mean)
-        self.put(7, norm)
-        self.v = (v8 * s).flatten(-2).flatten(2, 3)[:, :, :lk] * norm + mean
-        self.causal, self.mask = causal, mask
-
-    def put(self, part, x, columns=None):
-        x = x if columns is None else F.pad(x, (0, columns - x.shape[1]))
-        found = x.contiguous().view(torch.uint8).flatten()
-        self.saved[self.at[part] : self.at[part] + found.numel()] = found
-
-    def put_codes(self, part, x, offsets):
-        """x (B, H, tiles, tokens, D)."""
-        tiles = torch.empty(*x.shape[:3], offsets.numel(), dtype=torch.int8)
-        tiles[..., offsets.flatten().long()] = x.to(torch.int8).flatten(3)
-        self.put(part, tiles)
-
-    def exact(self, dout, dlse=None):
-        """(out, lse, dq, dk, dv) in fp64 of the values that the codes stand for; dq without the softmax scale."""
-        group = self.shape.heads // self.shape.kv_heads
-        q, k, v = self.q.double(), *(x.double().repeat_interleave(group, 1) for x in (self.k, self.v))
-        dout = F.pad(dout.double(), (0, self.dim - dout.shape[3]))
-        scores = q @ k.mT
-        if self.causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
-        if self.mask is not None and self.mask.dtype == torch.bool:
-            scores = scores.masked_fill(~self.mask, -math.inf)
-        elif self.mask is not None:
-            scores = scores + self.mask.double()
-        lse = scores.logsumexp(-1)
-        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))  # a row that attends nothing is 0
-        out, dp = p @ v, dout @ v.mT
-        ds = p * (dp - (dout * out).sum(-1, keepdim=True) + (0.0 if dlse is None else dlse.double().unsqueeze(-1)))
-        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ dout))
-        self.peak = p.amax(-1).float()
-        return out, lse, ds @ k, dk, dv
-
-
-def normal(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    folder = tmp_path_factory.mktemp("backward")
+    sources = {
+        "SAGE3_PREPARE": translate("backward/int8_prepare.cu", folder, launches=6),
+        "SAGE3_GRAD": translate("backward/int8_grad_sm90.cu", folder, launches=1, omissible=WAITS),
+    }
+    library = build(folder, "backward_host.cpp", sources)
+    library.workspace_bytes.restype = c_int64
+    with one_thread():
+        yield library
 
 
 def gradients(host, q, k, v, dout, *, scale=None, causal=False, deterministic=False, mask=None, dlse=None, lower_peak=1.0):
@@ -203,7 +85,8 @@ def gradients(host, q, k, v, dout, *, scale=None, causal=False, deterministic=Fa
         view(mask) if mask is not None else Tensor4(), tiles.data_ptr() if mask is not None else None,
         dlse.data_ptr() if dlse is not None else None,
     )  # fmt: skip
-    assert host.backward(ctypes.byref(call)) == 0
+    message = ctypes.create_string_buffer(200)
+    assert host.backward(ctypes.byref(call), message) == 0, message.value
     exact[0] *= scale
     return got, [x[..., : q.shape[3]] for x in exact]
 
@@ -252,20 +135,6 @@ def test_gradients_are_exact_attentions_within_8_bits(host, name):
     check(got, want)
 
 
-def some_mask(shape, dtype):
-    """Tiles that hide everything, nothing and some of it; rows that may attend nothing; values of -inf."""
-    lq, lk = shape[-2:]
-    kept = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.7
-    kept[..., :128] = True
-    kept[..., 128:256] = False
-    if lq > 70:
-        kept[..., 64:70, :] = False
-    if dtype == torch.bool:
-        return kept
-    bias = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(dtype)
-    return torch.where(kept, torch.where(torch.arange(lk) < 128, torch.zeros_like(bias), bias), -math.inf)
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("shape", "dtype", "d"),
@@ -304,22 +173,13 @@ def test_the_gradient_of_lse(host):
     check(got, want)
 
 
-@pytest.mark.parametrize(
-    ("omit", "spoilt"),
-    [
-        ("sm90::sync_threads<1, 256>();", "dq"),  # dS of the other warpgroup is not there yet
-        ("sm90::wgmma_wait<0>();\n    sm90::pin(y);", "dk"),  # dP is not
-        ("sm90::wgmma_wait<0>();\n    sm90::pin(sums);", "dq"),  # nor is dQ's product
-        ("sm90::wgmma_wait<1>();\n    sm90::pin(y);", "dv"),  # nor S of the next tile
-        # the last sums of dQ have not been read yet
-        ("if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();\n    ", "dq"),
-    ],
-)
-def test_a_wait_that_is_missing_is_seen_here(tmp_path, omit, spoilt):
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_that_is_missing_is_seen_here(host, wait):
     """Of what this emulation is worth: it does notice."""
     q, k, v, dout = (normal(1, 1, 203, 64, seed=seed) for seed in range(4))
-    got, want = gradients(build(tmp_path, omit), q, k, v, dout)
-    at = ("dq", "dk", "dv").index(spoilt)
+    with setting(host, omitted=list(WAITS).index(wait)):
+        got, want = gradients(host, q, k, v, dout)
+    at = ("dq", "dk", "dv").index(WAITS[wait])
     assert not cosine(got[at], want[at]) > 0.99
 
 

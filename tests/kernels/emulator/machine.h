@@ -1,11 +1,12 @@
 // A multiprocessor on a CPU. Every CUDA thread is a fiber, so a kernel's source runs as it is written, registers, shared
 // memory, barriers and all; what Hopper does for several threads at once (shuffles, mbarriers, bulk copies, stmatrix, wgmma)
-// is done when the last of them arrives. Blocks run one after the other.
+// is done when the last of them arrives. Blocks run one after the other, or some at once.
 //
 // wgmma runs as late as it may: at the wait that needs it, with its accumulators full of garbage until then. A kernel that
 // reads a product too early, or touches its operands under it, gives wrong numbers here as it would there. So do additions of
 // the copy engine: they read shared memory when their thread waits for that, and are there when it waits for that, or at the
-// block's end.
+// block's end. Its copies arrive a while later, in any order. Where all that is left to do is to wait, the run ends with an
+// exception, as it does after other things that are never right.
 //
 // Nothing here is fast, or about speed. What it cannot show: the order of memory between the copy engine, wgmma and ordinary
 // accesses (fences), the bits that a tensor core drops from a sum of e4m3 products, and hardware that differs from its manual.
@@ -13,6 +14,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -21,6 +23,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -65,6 +69,22 @@ inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
+inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+// NaN and what does not fit as the instruction has it.
+inline int rounded_to_int(float x) {
+  return x != x ? 0 : x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : static_cast<int>(x);
+}
+inline int __float2int_rn(float x) { return rounded_to_int(std::nearbyint(x)); }
+inline int __float2int_rd(float x) { return rounded_to_int(std::floor(x)); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
+  return sum;
+}
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
+  return sum;
+}
 template <class T>
 T __ldcs(const T* at) { return *at; }
 using std::max;
@@ -90,12 +110,20 @@ struct __half {
 };
 inline __half __ushort_as_half(unsigned short x) { __half h; h.bits = x; return h; }
 inline float __half2float(__half h) { return static_cast<float>(h); }
+struct __half2 { __half x, y; };
+inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
 
 // ---- threads
 
 namespace emulator {
 
 constexpr int kStack = 512 << 10;
+
+// What the host may set before a run.
+inline unsigned at_once = 1;    // blocks that share the machine
+inline uint32_t seed = 12345;   // of the paces of warps and copies
+inline int omitted = -1;        // the number of the statement that a translated source (emulated.py) leaves out
+inline const unsigned char *readable_begin = nullptr, *readable_end = nullptr;  // where bulk copies may read; null: anywhere
 
 struct Gate {  // a barrier that is used again and again
   int arrived = 0;
@@ -127,13 +155,29 @@ inline uint8_t to_e4m3(float x) {
   return sign | (eighths < 8 ? eighths : (exponent + 6) * 8 + eighths);
 }
 
-enum Kind { kS8, kBf16, kE4m3 };
+enum Kind { kS8, kU8, kBf16, kE4m3 };  // kU8: A is unsigned, B is not
 
 struct Addition {  // one cp.reduce of a thread
   float* to;
   const float* from;
   std::vector<float> read;  // from there, once it has been
   size_t count;
+};
+
+struct Barrier {  // an mbarrier
+  int count = 0, pending = 0;
+  int64_t bytes = 0;
+  unsigned phase = 0;
+  void check() {
+    if (pending == 0 && bytes == 0) ++phase, pending = count;
+  }
+};
+
+struct Copy {  // one bulk copy
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  Barrier* full;
 };
 
 struct Product {  // one wgmma of a warpgroup
@@ -154,24 +198,28 @@ struct Warpgroup {
   Gate gate;
 };
 
-struct Barrier {  // an mbarrier
-  int count = 0, pending = 0;
-  int64_t bytes = 0;
-  unsigned phase = 0;
-  void check() {
-    if (pending == 0 && bytes == 0) ++phase, pending = count;
-  }
+struct Wait {  // for a number in memory to be another
+  const unsigned* at = nullptr;
+  unsigned value = 0;
+  bool over() const { return at == nullptr || *at != value; }
+};
+
+struct Dice {
+  uint32_t state;
+  int roll(int sides) { return static_cast<int>((state = state * 1664525u + 1013904223u) >> 16) % sides; }
 };
 
 struct Block {
-  int threads;
+  unsigned index;
+  int threads, left;
   std::vector<unsigned char> memory;
   unsigned char* shared;  // 1024-byte aligned
   std::vector<ucontext_t> context;
   std::vector<std::unique_ptr<unsigned char[]>> stack;
   std::vector<bool> finished;
-  ucontext_t main;
-  int current = 0;
+  std::vector<Wait> waits;               // of each thread
+  std::vector<int> hold_warp, hold_group;  // turns that they are held up for
+  std::vector<Copy> copies;              // under way
   Gate all;
   std::map<int, Gate> named;
   std::vector<Gate> warp;
@@ -180,30 +228,66 @@ struct Block {
   std::vector<std::vector<Addition>> additions;  // of each thread, in order
   std::map<const void*, Barrier> barrier;
   std::function<void()> body;
-  long idle = 0;
 };
 inline Block* block = nullptr;
+inline ucontext_t scheduler;
+inline bool in_thread = false;
+inline std::string trouble;  // of a thread: an exception cannot leave its stack
+
+inline void leave_thread() { swapcontext(&block->context[threadIdx.x], &scheduler); }
 
 [[noreturn]] inline void fail(const char* text) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", text, blockIdx.x, threadIdx.x);
-  std::abort();
+  trouble = std::string(text) + " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x) + ")";
+  if (in_thread) leave_thread();
+  throw std::runtime_error(trouble);
 }
 
-inline void yield() {
-  Block& b = *block;
-  const unsigned me = threadIdx.x;
-  if (++b.idle > 2000000) fail("everybody waits");
-  swapcontext(&b.context[me], &b.main);
+// Lets others run for as long as `at` is `value`.
+inline void wait_while(const unsigned& at, unsigned value) {
+  while (at == value) {
+    block->waits[threadIdx.x] = {&at, value};
+    leave_thread();
+  }
 }
 
 inline void pass(Gate& gate, int count, const std::function<void()>& last = {}) {
   const unsigned round = gate.round;
   if (++gate.arrived == count) {
     if (last) last();
-    gate.arrived = 0, ++gate.round, block->idle = 0;
+    gate.arrived = 0, ++gate.round;
   } else {
-    while (gate.round == round) yield();
+    wait_while(gate.round, round);
   }
+}
+
+inline Barrier& barrier_at(const void* b) {
+  const auto found = block->barrier.find(b);
+  if (found == block->barrier.end()) fail("no mbarrier has been made here");
+  return found->second;
+}
+
+// ---- copies in the background
+
+inline void copy(void* to, const void* from, uint32_t bytes, Barrier& full) {
+  const auto *begin = static_cast<unsigned char*>(to), *source = static_cast<const unsigned char*>(from);
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("a bulk copy that is not aligned");
+  }
+  if (begin < block->shared || begin + bytes > block->memory.data() + block->memory.size()) {
+    fail("a bulk copy to where there is no shared memory");
+  }
+  if (readable_begin != nullptr && (source < readable_begin || source + bytes > readable_end)) {
+    fail("a bulk copy from where there is nothing to read");
+  }
+  block->copies.push_back({to, from, bytes, &full});
+}
+
+inline void arrive(std::vector<Copy>& copies, int which) {
+  const Copy x = copies[which];
+  copies.erase(copies.begin() + which);
+  std::memcpy(x.to, x.from, x.bytes);
+  x.full->bytes -= x.bytes;
+  x.full->check();
 }
 
 // ---- additions in the background
@@ -221,54 +305,87 @@ inline void add(std::vector<Addition>& additions) {
   additions.clear();
 }
 
+// ---- blocks
+
 inline void start() {
   block->body();
   for (const Addition& x : block->additions[threadIdx.x]) {
     if (x.read.empty()) fail("a thread that leaves while its additions are still to be read");
   }
-  block->finished[threadIdx.x] = true, block->idle = 0;
-  swapcontext(&block->context[threadIdx.x], &block->main);
+  block->finished[threadIdx.x] = true, --block->left;
+  leave_thread();
+}
+
+inline std::vector<std::unique_ptr<unsigned char[]>> spare_stacks;
+
+inline std::unique_ptr<Block> make_block(unsigned index, int threads, int shared_bytes, const std::function<void()>& body) {
+  auto made = std::make_unique<Block>();
+  Block& b = *made;
+  b.index = index, b.threads = b.left = threads, b.body = body;
+  b.memory.assign(shared_bytes + 2048, 0xff);
+  b.shared = b.memory.data() + (1024 - reinterpret_cast<uintptr_t>(b.memory.data()) % 1024) % 1024;
+  b.context.resize(threads), b.finished.assign(threads, false), b.warp.resize((threads + 31) / 32);
+  b.waits.resize(threads), b.hold_warp.resize((threads + 31) / 32), b.hold_group.resize((threads + 127) / 128);
+  b.slot.assign(threads, std::vector<uint64_t>(8)), b.group.resize((threads + 127) / 128);
+  b.additions.resize(threads);
+  for (int t = 0; t < threads; ++t) {
+    if (spare_stacks.empty()) spare_stacks.emplace_back(new unsigned char[kStack]);
+    b.stack.push_back(std::move(spare_stacks.back()));
+    spare_stacks.pop_back();
+    getcontext(&b.context[t]);
+    b.context[t].uc_stack.ss_sp = b.stack[t].get(), b.context[t].uc_stack.ss_size = kStack, b.context[t].uc_link = nullptr;
+    makecontext(&b.context[t], start, 0);
+  }
+  return made;
+}
+
+// Every thread that does not wait runs until it does. False where nothing happened, and nothing will.
+inline bool advance(Block& b, Dice& dice) {
+  block = &b, blockIdx.x = b.index;
+  bool alive = !b.copies.empty();
+  if (alive && dice.roll(4) == 0) arrive(b.copies, dice.roll(static_cast<int>(b.copies.size())));
+  // Warps and warpgroups are held up now and then, each for as long as it happens: what only their pace keeps in order goes
+  // wrong.
+  for (int& turns : b.hold_group) turns = turns > 0 ? turns - 1 : dice.roll(16) == 0 ? dice.roll(128) : 0;
+  for (int& turns : b.hold_warp) turns = turns > 0 ? turns - 1 : dice.roll(64) == 0 ? dice.roll(128) : 0;
+  for (int t = 0; t < b.threads; ++t) {
+    if (b.finished[t] || !b.waits[t].over()) continue;
+    alive = true;
+    if (b.hold_warp[t / 32] > 0 || b.hold_group[t / 128] > 0) continue;
+    threadIdx.x = t, in_thread = true;
+    swapcontext(&scheduler, &b.context[t]);
+    in_thread = false;
+    if (!trouble.empty()) throw std::runtime_error(trouble);
+  }
+  return alive;
+}
+
+inline void finish(Block& b) {
+  for (const Warpgroup& g : b.group) {
+    if (g.done != g.products.size()) fail("a product that nobody waited for");
+  }
+  if (!b.copies.empty()) fail("a copy that nobody waited for");
+  for (int t = 0; t < b.threads; ++t) add(b.additions[t]);
+  for (auto& stack : b.stack) spare_stacks.push_back(std::move(stack));
 }
 
 template <class Body>
 void run(unsigned blocks, int threads, int shared_bytes, Body body) {
-  gridDim.x = blocks;
-  for (unsigned i = 0; i < blocks; ++i) {
-    blockIdx.x = i;
-    Block b;
-    block = &b;
-    b.threads = threads, b.body = body;
-    b.memory.assign(shared_bytes + 2048, 0xff);
-    b.shared = b.memory.data() + (1024 - reinterpret_cast<uintptr_t>(b.memory.data()) % 1024) % 1024;
-    b.context.resize(threads), b.finished.assign(threads, false), b.warp.resize((threads + 31) / 32);
-    b.slot.assign(threads, std::vector<uint64_t>(8)), b.group.resize((threads + 127) / 128);
-    b.additions.resize(threads);
-    for (int t = 0; t < threads; ++t) {
-      b.stack.emplace_back(new unsigned char[kStack]);
-      getcontext(&b.context[t]);
-      b.context[t].uc_stack.ss_sp = b.stack[t].get(), b.context[t].uc_stack.ss_size = kStack, b.context[t].uc_link = nullptr;
-      makecontext(&b.context[t], start, 0);
+  constexpr int kMost = 1000000;  // twenty times what a test takes
+  gridDim.x = blocks, trouble.clear(), in_thread = false;
+  Dice dice{seed};
+  std::vector<std::unique_ptr<Block>> resident;
+  unsigned next = 0;
+  for (int turn = 0; next < blocks || !resident.empty(); ++turn) {
+    while (next < blocks && resident.size() < at_once) resident.push_back(make_block(next++, threads, shared_bytes, body));
+    bool alive = false;
+    for (auto& b : resident) alive |= advance(*b, dice);
+    if (!alive) fail("everybody waits");
+    if (turn == kMost) fail("no end is in sight");
+    for (auto& b : resident) {
+      if (b->left == 0) block = b.get(), finish(*b), b.reset();
     }
-    // Warpgroups are held up now and then, each for as long as it happens: what only their pace keeps in order goes wrong.
-    std::vector<int> hold(b.group.size(), 0);
-    uint32_t dice = 12345;
-    for (bool left = true; left;) {
-      left = false;
-      for (int& rounds : hold) {
-        dice = dice * 1664525u + 1013904223u;
-        rounds = rounds > 0 ? rounds - 1 : dice >> 28 == 0 ? int(dice >> 20 & 127) : 0;
-      }
-      for (int t = 0; t < threads; ++t) {
-        if (b.finished[t]) continue;
-        left = true, threadIdx.x = t;
-        if (hold[t / 128] > 0) continue;
-        swapcontext(&b.main, &b.context[t]);
-      }
-    }
-    for (const Warpgroup& g : b.group) {
-      if (g.done != g.products.size()) fail("a product that nobody waited for");
-    }
-    for (int t = 0; t < threads; ++t) add(b.additions[t]);
+    std::erase(resident, nullptr);
   }
 }
 
@@ -298,39 +415,41 @@ inline unsigned char operand_byte(uint64_t descriptor, int row, int byte) {
   return *at_address(address ^ ((address >> 7 & (width / 16 - 1)) << 4));
 }
 
-// The numbers of row `row` of an operand, 32 or 16 of them: from a K-major tile, or from the registers of its threads.
-using Row = std::vector<float>;
-inline Row numbers_of(const Product& x, const std::function<unsigned char(int)>& byte) {
-  Row found(x.kind == kBf16 ? 16 : 32);
-  for (int k = 0; k < static_cast<int>(found.size()); ++k) {
-    if (x.kind == kBf16) {
-      found[k] = __uint_as_float(uint32_t(byte(2 * k + 1)) << 24 | uint32_t(byte(2 * k)) << 16);
-    } else {
-      found[k] = x.kind == kE4m3 ? from_e4m3(byte(k)) : static_cast<signed char>(byte(k));
-    }
-  }
-  return found;
+// Number k of a row of an operand, whose bytes `byte` gives.
+template <class Byte>
+float number(Kind kind, int k, Byte byte) {
+  if (kind == kBf16) return __uint_as_float(uint32_t(byte(2 * k + 1)) << 24 | uint32_t(byte(2 * k)) << 16);
+  if (kind == kE4m3) return from_e4m3(byte(k));
+  return kind == kU8 ? byte(k) : static_cast<signed char>(byte(k));
 }
 
 inline void execute(const Product& x) {
-  std::vector<Row> b;
+  constexpr int kMostColumns = 128;
+  const int depth = x.kind == kBf16 ? 16 : 32;
+  float b[32][kMostColumns] = {};
   for (int column = 0; column < x.columns; ++column) {
-    b.push_back(numbers_of(x, [&](int byte) { return operand_byte(x.b_at, column, byte); }));
+    for (int k = 0; k < depth; ++k) {
+      const auto byte = [&](int i) { return operand_byte(x.b_at, column, i); };
+      b[k][column] = number(x.kind == kU8 ? kS8 : x.kind, k, byte);
+    }
   }
   for (int row = 0; row < 64; ++row) {
-    const Row a = numbers_of(x, [&](int byte) -> unsigned char {
-      if (!x.a_in_registers) return operand_byte(x.a_at, row, byte);
-      const int thread = row / 16 * 32 + row % 8 * 4 + byte % 16 / 4, reg = row % 16 / 8 + 2 * (byte / 16);
-      return x.a[thread][reg] >> (8 * (byte % 4));
-    });
+    const auto byte = [&](int i) -> unsigned char {
+      if (!x.a_in_registers) return operand_byte(x.a_at, row, i);
+      const int thread = row / 16 * 32 + row % 8 * 4 + i % 16 / 4, reg = row % 16 / 8 + 2 * (i / 16);
+      return x.a[thread][reg] >> (8 * (i % 4));
+    };
+    float sum[kMostColumns] = {};  // of 32 products of bytes: below 2^24, and exact
+    for (int k = 0; k < depth; ++k) {
+      const float a = number(x.kind, k, byte);
+      for (int column = 0; column < kMostColumns; ++column) sum[column] += a * b[k][column];
+    }
     for (int column = 0; column < x.columns; ++column) {
       int& d = x.d[row / 16 * 32 + row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
-      float sum = 0.0f;  // of 32 products of bytes: below 2^24, and exact
-      for (size_t k = 0; k < a.size(); ++k) sum += a[k] * b[column][k];
-      if (x.kind == kS8) {
-        d = (x.adds ? d : 0) + static_cast<int>(sum);
+      if (x.kind == kS8 || x.kind == kU8) {
+        d = (x.adds ? d : 0) + static_cast<int>(sum[column]);
       } else {
-        d = __float_as_int((x.adds ? __int_as_float(d) : 0.0f) + sum);
+        d = __float_as_int((x.adds ? __int_as_float(d) : 0.0f) + sum[column]);
       }
     }
   }
@@ -384,6 +503,17 @@ T __shfl_sync(unsigned, T x, int lane) {
   T all[32];
   emulator::exchange(x, all);
   return all[lane];
+}
+inline bool __any_sync(unsigned, bool x) {
+  bool all[32];
+  emulator::exchange(x, all);
+  return std::any_of(all, all + 32, [](bool y) { return y; });
+}
+inline bool __all_sync(unsigned lanes, bool x) { return !__any_sync(lanes, !x); }
+inline int atomicAdd(int* to, int x) {
+  const int old = *to;
+  *to = old + x;
+  return old;
 }
 inline int atomicMax(int* to, int x) {
   const int old = *to;

@@ -1,58 +1,14 @@
-// csrc/include/sage3/ptx_sm90.cuh and ptx_sm90_backward.cuh by machine.h; the descriptor is the original's.
+// csrc/include/sage3/ptx_sm90_backward.cuh by machine.h.
 #pragma once
 
 #include "machine.h"
+#include "sage3/ptx_sm90.cuh"
 
 namespace sage3::sm90 {
 
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::block->shared) + 1024;
-}
-inline void barrier_init(uint64_t* b, uint32_t count) {
-  emulator::block->barrier[b].count = emulator::block->barrier[b].pending = static_cast<int>(count);
-}
-inline void fence_barrier_init() {}
-inline void barrier_arrive(uint64_t* b) {
-  emulator::Barrier& barrier = emulator::block->barrier.at(b);
-  if (--barrier.pending < 0) emulator::fail("too many arrivals at an mbarrier");
-  barrier.check();
-}
-inline void barrier_expect(uint64_t* b, uint32_t bytes) {
-  emulator::block->barrier.at(b).bytes += bytes;
-  barrier_arrive(b);
-}
-inline void barrier_wait(uint64_t* b, uint32_t parity) {
-  while ((emulator::block->barrier.at(b).phase & 1) == parity) emulator::yield();
-  emulator::block->idle = 0;
-}
-inline void barrier_await(uint64_t* b, uint32_t parity) { barrier_wait(b, parity); }
-inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* b) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    emulator::fail("a bulk copy that is not aligned");
-  }
-  std::memcpy(to, from, bytes);
-  emulator::block->barrier.at(b).bytes -= bytes;
-  emulator::block->barrier.at(b).check();
-}
-template <int>
-void register_budget_up() {}
-template <int>
-void register_budget_down() {}
-inline void wgmma_begin() {}
-inline void wgmma_commit() { emulator::commit(); }
-template <int kPending>
-void wgmma_wait() { emulator::wait(kPending); }
-template <class T>
-void pin(T&) {}
 inline void fence_shared() {}
 template <int kNumber, int kThreads>
 void sync_threads() { emulator::pass(emulator::block->named[kNumber], kThreads); }
-
-inline uint64_t operand(const void* tile, int row_bytes) {
-  const uint64_t mode = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-  const uint64_t group = 8 * row_bytes / 16;
-  return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(1) << 16 | group << 32 | mode << 62;
-}
 
 // Thread 4 g + t of a warp holds element g of rows 2 t and 2 t + 1 of each matrix (as they are stored).
 inline void store_turned(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -90,7 +46,7 @@ inline void await_additions() {
   emulator::add(emulator::block->additions[threadIdx.x]);
 }
 inline void await_count(const int* counter, int count) {
-  while (*counter < count) emulator::yield();
+  while (*counter < count) emulator::wait_while(reinterpret_cast<const unsigned&>(*counter), *counter);
 }
 inline void count_one(int* counter) {
   if (!emulator::block->additions[threadIdx.x].empty()) emulator::fail("additions are counted before they are there");
