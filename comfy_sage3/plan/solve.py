@@ -25,6 +25,7 @@ MOST_OF_A_CELL = 3.0
 """No cell may have more than this many times the budget: the mean must not hide a layer that is lost."""
 
 
+ROUNDING = 1e-9  # of the budget: what ends at it exactly must not fail by how sums are rounded
 WORK = 400_000  # assignments of some of the cells that the dynamic program may look at: a second or so
 
 
@@ -72,7 +73,7 @@ def solve(cells: Sequence[Sequence[Choice]], weights: Sequence[float], budget: f
     Raises InputError when a cell has no choice at all, or even the least errors exceed the budget (not where exact
     attention, error 0, is among every cell's choices).
     """
-    limit = budget * math.fsum(weights)
+    limit = budget * math.fsum(weights) * (1 + ROUNDING)
     hulls = [_hull(cell, most) for cell in cells]
     picks = [hull[0] for hull in hulls]
     slack = limit - math.fsum(w * cell[p].error for cell, w, p in zip(cells, weights, picks, strict=True))
@@ -188,7 +189,7 @@ def _search(
             if state[1] < cheapest:
                 states.append(state)
                 cheapest = state[1]
-    if not states:
+    if not states or states[-1][1] >= least:  # what is left of the budget at the end is worth nothing
         return True, None
     picks: list[int] = []
     at = states[-1][2]

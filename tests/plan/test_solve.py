@@ -5,7 +5,7 @@ import math
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from comfy_sage3.errors import InputError
@@ -28,6 +28,8 @@ def brute_force(cells, weights, budget, most):
     return best
 
 
+@example([([EXACT, Choice(0.0, 0.375), Choice(0.5, 0.25)], 1)], 0.25, 0.5)  # the search finds nothing better than is known
+@example([([EXACT, Choice(0.0, 0.7)], 8), ([EXACT, Choice(0.1, 0.9)], 4)], 0.3, math.inf)  # 4 x 0.9 is more than 12 x 0.3
 @given(problem, st.floats(0.0, 0.5), st.sampled_from([0.1, 0.5, math.inf]))
 def test_no_assignment_is_cheaper_than_the_bound_and_none_of_ours_breaks_the_budget(made, budget, most):
     cells, weights = [list(x) for x in zip(*made, strict=True)]
