@@ -1,6 +1,6 @@
-"""What holds for every test: a property is not false because a busy machine took long to check one example, and is checked on
-the same examples in every run (SAGE3_FUZZ=2000 looks for others, that many of each); and nothing that an earlier version
-compiled is taken for this one's.
+"""What holds for every test: a property is not false because a busy machine took long to check one example, and is checked
+on the same examples in every run (SAGE3_FUZZ=2000 looks for others, that many of each); and nothing that an earlier
+version compiled is taken for this one's.
 """
 
 import os
