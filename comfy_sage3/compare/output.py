@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ def check_out(out: Path) -> None:
     while not base.exists():
         base = base.parent
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".sage3-", dir=base))
+        tempfile.TemporaryFile(dir=base).close()  # without a name, so that a kill in between leaves nothing
     except OSError as error:
         raise InputError(f"Cannot write to {base} ({error.strerror}): give a folder you may write to with --out.") from None
 

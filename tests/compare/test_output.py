@@ -133,7 +133,7 @@ def test_no_write_access_is_one_sentence(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(output.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"^Cannot write to .* \(Permission denied\): give a folder") as told:
         output.check_out(tmp_path / "out")
     assert "\n" not in str(told.value)
