@@ -7,6 +7,8 @@ from pathlib import Path
 
 LOADS_THE_BUNDLED_VAE = (0, 3, 76)  # before, its loader knew one width only
 WAN_NAMES_LAYERS = (0, 5, 0)
+SETS_OVERRIDES = (0, 32, 0)  # set_model_optimized_attention
+SEES_LATE_OVERRIDES = (0, 33, 0)  # at the latest: what is put into the slot as a sampling begins
 
 
 def version():
