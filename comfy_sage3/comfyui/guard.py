@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import Precision
@@ -108,43 +107,44 @@ def precision_of(kernel: str) -> str:
 def agreement(call: HookCall, out: Tensor) -> tuple[bool, float]:
     """Whether ``out`` is finite, and the cosine between a few of its rows and exact attention in fp32 (1: both are zero).
 
-    Waits for the device once, at the end.
+    Waits for the device once, at the end. Slices and few launches: what it costs is latency more than work.
     """
     q, k, v, got = (x if call.layout == "HND" else x.transpose(1, 2) for x in (call.q, call.k, call.v, out))
-    heads = _spread(q.shape[1], HEADS, q.device)
-    rows = _spread(q.shape[2], ROWS, q.device)
-    of_kv = heads // (q.shape[1] // k.shape[1])
-    mask = call.mask
-    if mask is not None:
-        mask = mask[:1]
-        mask = mask if mask.shape[1] == 1 else mask[:, heads]
-        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        mask = mask if mask.dtype == torch.bool else mask.float()
-    # Plain products: PyTorch's attention would walk over all keys with one block for these few rows.
+    heads, rows = _spread(q.shape[1], HEADS), _spread(q.shape[2], ROWS)
+    of_kv = _spread(k.shape[1], HEADS)  # of the first and the last head of q; where there is one, for both
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-    scores = (q[0, heads][:, rows].float() * scale) @ k[0, of_kv].float().transpose(1, 2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[0], -torch.inf) if mask.dtype == torch.bool else scores + mask[0]
-    weights = scores.softmax(2).nan_to_num()  # NaN: rows that attend nothing
-    want = _split_product(weights, v[0, of_kv].float())
-    have = got[0, heads][:, rows].float()
-    low, high = torch.aminmax(out)  # NaN if any number is; unlike isfinite it writes nothing of out's size
-    products = (want * have).sum(), want.square().sum(), have.square().sum()
-    lowest, highest, both, wanted, had = torch.stack([low.float(), high.float(), *products]).tolist()
+    # Plain products: PyTorch's attention would walk over all keys with one block for these few rows.
+    scores = (q[0, heads, rows].float() * scale) @ k[0, of_kv].float().transpose(1, 2)
+    if call.mask is None:
+        weights = scores.softmax(2)
+    else:
+        mask = call.mask[0]
+        mask = mask if mask.shape[0] == 1 else mask[heads]
+        mask = mask if mask.shape[1] == 1 else mask[:, rows]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        weights = scores.softmax(2).nan_to_num()  # NaN: rows that attend nothing
+    values = v[0, of_kv].expand(weights.shape[0], -1, -1)
+    want = torch.stack([_split_product(w, x) for w, x in zip(weights, values, strict=True)])
+    both = torch.stack([want, got[0, heads, rows].float()]).flatten(1)
+    total = out.sum(dtype=torch.float32)  # not finite if any number is not, or if it is too large
+    wanted, product, _, had, all_of = torch.cat([(both @ both.T).flatten(), total.unsqueeze(0)]).tolist()
     same = 1.0 if wanted == had else 0.0  # where one of them is zero
-    cosine = both / math.sqrt(wanted) / math.sqrt(had) if wanted > 0 and had > 0 else same
-    return math.isfinite(lowest) and math.isfinite(highest), cosine
+    cosine = product / math.sqrt(wanted) / math.sqrt(had) if wanted > 0 and had > 0 else same
+    return math.isfinite(all_of) or bool(torch.isfinite(out).all()), cosine
 
 
 def _split_product(weights: Tensor, v: Tensor, pieces: int = 64) -> Tensor:
-    """weights (H, R, L) @ v (H, L, D), with many blocks at work on the long sum over few rows."""
-    h, r, keys = weights.shape
-    each = -(-keys // pieces)
-    pad = each * pieces - keys
-    split = F.pad(weights, (0, pad)).view(h, r, pieces, each).transpose(1, 2)
-    return (split @ F.pad(v, (0, 0, 0, pad)).view(h, pieces, each, -1)).sum(1)
+    """weights (R, L) @ v (L, D) in v's dtype, summed in fp32, with many blocks at work on the long sum over few rows."""
+    weights = weights.to(v.dtype)
+    whole = v.shape[0] // pieces * pieces
+    rest = (weights[:, whole:] @ v[whole:]).float()
+    if whole == 0:
+        return rest
+    split = weights[:, :whole].unflatten(1, (pieces, -1)).transpose(0, 1)
+    return (split @ v[:whole].unflatten(0, (pieces, -1))).sum(0, dtype=torch.float32) + rest
 
 
-def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """Up to ``count`` of ``size`` indices, the first and the last among them."""
-    return torch.linspace(0, size - 1, min(size, count), device=device).round().long()
+def _spread(size: int, count: int) -> slice:
+    """About ``count`` of ``size`` indices at equal distances, up to the last; two are the first and the last."""
+    step = max((size - 1) // (count - 1), 1)
+    return slice((size - 1) % step if size > count else 0, None, step)

@@ -7,7 +7,7 @@ A score is one element of Q times K. How many a thread makes per turn of the loo
 of its tensor-core instructions: 2 * head_dim for each (QK and PV), the head_dim being the kernel's first
 template argument that can be one; without such an argument the exponentials are counted.
 
-A source may admit what it cannot help, and says so when it is compiled: a line "// sass: 60 accesses to local memory in
+A source may admit what it cannot help, and says so when it is compiled: a line "// sass: 33 accesses to local memory in
 the main loops of int8_grad<128". More than that fails.
 """
 

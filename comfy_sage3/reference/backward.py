@@ -4,13 +4,15 @@ The paper's ("block" scales): every product in INT8 but dO V^T, psi(X) with one 
 
 Ours differ where a scale for a block costs accuracy or what is saved would cost memory. Both start from the codes of the
 forward pass, V's too, and from its output in 8 bits, one scale a token: the gradient of the function that was computed, and
-half the memory. delta = rowsum(dO O) then matches dO V^T. And both take dQ = dS K in bf16, like dP. In dV and dK,
+half the memory. delta = rowsum(dO O) then matches dO V^T.
 
-* "row" scales (the Triton kernels): INT8. P and dS have one scale for a key and 64 queries, a row of the tiles of P^T and
-  dS^T that are contracted; Q and dO one for 64 queries by 32 channels.
-* "query" scales (the kernel for Hopper, csrc/include/sage3/backward_format.cuh): e4m3, sums in fp32 from the first query to
-  the last. A query has one power of two, a <= max|dO| < 2 a, that both operands hold: P a and dO / a. A tile of 64 queries
-  has another, its gain, which keeps P a below 256 and not far below, and follows the tiles before it (``_Gains``).
+* "row" scales (the Triton kernels): dV and dK in INT8, dQ in bf16, like dP. P and dS have one scale for a key and 64
+  queries, a row of the tiles of P^T and dS^T that are contracted; Q and dO one for 64 queries by 32 channels.
+* "query" scales (the kernel for Hopper, csrc/include/sage3/backward_format.cuh): dV, dK and dQ in e4m3. The sums of dV and
+  dK stay in fp32 from the first query to the last. A query has one power of two, a <= max|dO| < 2 a, that both operands
+  hold: P a and dO / a. A tile of 64 queries has another, its gain, which keeps P a below 256 and not far below, and follows
+  the tiles before it (``_Gains``). dQ is a query's own, and so is the power of two that dS is multiplied by for it. The
+  kernel adds to dQ in fp16 what each tile of 128 keys gives; here all of it is fp32.
 """
 
 from __future__ import annotations
@@ -97,9 +99,9 @@ def int8_attention_backward(
         do_dp, v_dp, k_block = _bf16(do32), _bf16(_forward_values(v32, options)), _bf16(k_scores)
         delta = (do_dp * quantize_int8(out, "token", "q").dequantize()).sum(-1)
         if query_scales:
-            units = _Units.of(do_dp, q_scores.flatten(1, 2), v_dp, shape)
+            units = _Units.of(do_dp, q_scores.flatten(1, 2), k_scores, v_dp, shape)
             do_dp, delta = do_dp / units.a.unsqueeze(-1), delta / units.a * units.value.repeat_interleave(shape.groups, 1)
-            do_block, q_block, v_dp = units.dout, units.q, v_dp * units.value.unsqueeze(-1)
+            do_block, q_block, k_block, v_dp = units.dout, units.q, units.k, v_dp * units.value.unsqueeze(-1)
         else:
             do_block, q_block = _psi_groups(do_dp), _psi_groups(q_scores.flatten(1, 2))
         q_block, v_dp = by_kv_head(q_block, shape), pad_to(v_dp, -2, K_BLOCK)
@@ -131,7 +133,7 @@ def int8_attention_backward(
             held = tile.weights(keys, *ranges[0]) if len(ranges) == 1 else None
             if gains is not None:  # the kernel of the forward pass says what the largest weights were
                 peak = torch.stack([(tile.weights(keys, *r) if held is None else held).amax(1) for r in ranges]).amax(0)
-                row_unit, gain = gains.step(peak.view(n, g, r1 - r0), r0, r1)
+                row_unit, gain, row_factor = gains.step(peak.view(n, g, r1 - r0), r0, r1)
                 do_rows_block, rows_block = do_rows_block * gain, rows_block * gain / gains.value
             for c0, c1 in ranges:
                 p = tile.weights(keys, c0, c1) if held is None else held
@@ -143,7 +145,7 @@ def int8_attention_backward(
                     dq_acc += ds.sum(1).unsqueeze(-1) * means
                 ds_keys = ds  # as dK and dQ take it
                 if gains is not None:
-                    ds_keys, ds = _round_e4m3_(ds.clone()), _bf16(ds)
+                    ds_keys, ds = _round_e4m3_(ds.clone()), _round_e4m3_(ds * row_factor)
                     p = round_magnitude_(p.clamp_(max=E4M3_MAX), torch.empty_like(p), mantissa_bits=3, min_exponent=-6)
                 elif row_scales:
                     ds_keys, ds = _psi_rows(ds, g, INT8_MAX), _bf16(ds)
@@ -155,7 +157,7 @@ def int8_attention_backward(
                 dk_acc[:, c0:c1].baddbmm_(ds_keys, rows_block)
                 dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
             if gains is not None:
-                dq_acc *= gain / gains.value
+                dq_acc *= gain / gains.value / row_factor.transpose(1, 2)
             b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
             dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(b_count, h_count, g, r1 - r0, d)
         b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
@@ -246,6 +248,11 @@ def _power_below(x: Tensor) -> Tensor:
     return torch.where(x < torch.inf, power, torch.ones_like(power))
 
 
+def _level(most: Tensor) -> Tensor:
+    """What numbers up to ``most`` are divided by so that the largest is 128 to 256."""
+    return _power_below(most).div_(128.0).clamp_min_(2.0**-126)
+
+
 def _round_e4m3_(x: Tensor) -> Tensor:
     """``round_e4m3`` in place, of a contiguous tensor; the sign of zero is not kept."""
     return round_float_(x.clamp_(-E4M3_MAX, E4M3_MAX), torch.empty_like(x), mantissa_bits=3, min_exponent=-6)
@@ -255,29 +262,31 @@ def _round_e4m3_(x: Tensor) -> Tensor:
 class _Units:
     """What is known before the products begin.
 
-    a (B, H, Lq): a <= max|dO| < 2 a. dout (B, H, Lq, D): dO / a in steps of e4m3 of 128 times that. q (B, H, Lq, D): Q in
-    steps of e4m3 as its largest magnitude in a kv head is 128 to 256. value (B, Hkv, 1): V times it makes 256 (dP - delta)
-    of normal inputs about 30; beyond 448 it is limited, which with one channel it never is.
+    a (B, H, Lq): a <= max|dO| < 2 a. dout (B, H, Lq, D): dO / a in steps of e4m3 of 128 times that. q (B, H, Lq, D) and
+    k (B, Hkv, Lk, D): Q and K in steps of e4m3 as their largest magnitude in a kv head is 128 to 256.
+    value (B, Hkv, 1): V times it makes 256 (dP - delta) of normal inputs about 30; beyond 448 it is limited, which with one
+    channel it never is.
     """
 
     a: Tensor
     dout: Tensor
     q: Tensor
+    k: Tensor
     value: Tensor
 
     @classmethod
-    def of(cls, dout: Tensor, q: Tensor, v: Tensor, shape: Shape) -> _Units:
-        """dout and q (B, H, Lq, D), v (B, Hkv, Lk, D)."""
+    def of(cls, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> _Units:
+        """dout and q (B, H, Lq, D), k and v (B, Hkv, Lk, D)."""
         a = _power_below(dout.abs().amax(-1))
         dout8 = _round_e4m3_(dout / a.unsqueeze(-1) * 128.0).div_(128.0)
-        level = _power_below(by_kv_head(q, shape).abs().amax((2, 3, 4))).div_(128.0).repeat_interleave(shape.groups, 1)
-        level = level.clamp_min_(2.0**-126)[..., None, None]
+        level = _level(by_kv_head(q, shape).abs().amax((2, 3, 4))).repeat_interleave(shape.groups, 1)[..., None, None]
+        level_k = _level(k.abs().amax((2, 3)))[..., None, None]
         off = (v - smoothing.token_mean(v)).abs().amax(-2)  # (B, Hkv, D)
         unit = _power_below(off.amax(-1, keepdim=True))
         reach = (off / unit).square_().sum(-1, keepdim=True).sqrt_() * (4.0 * (0.35 + 0.65 / v.shape[-1]))
         value = 0.5 / _power_below((unit * (reach * (256.0 / 448.0))).clamp_min_(2.0**-100))
         value = torch.where(off.amax(-1, keepdim=True) > 0, value, torch.ones_like(value))
-        return cls(a, dout8, _round_e4m3_(q / level).mul_(level), value)
+        return cls(a, dout8, _round_e4m3_(q / level).mul_(level), _round_e4m3_(k / level_k).mul_(level_k), value)
 
 
 class _Gains:
@@ -293,8 +302,9 @@ class _Gains:
         self.value = units.value[batch, heads].flatten(0, 1).unsqueeze(-1)  # (n, 1, 1)
         self.last = torch.full_like(self.a[..., 0], -torch.inf)  # exponents
 
-    def step(self, peak: Tensor, r0: int, r1: int) -> tuple[Tensor, Tensor]:
-        """For the largest weights (n, g, r1 - r0) of these rows: a / gain (n, 1, g * rows) and gain (n, g * rows, 1).
+    def step(self, peak: Tensor, r0: int, r1: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For the largest weights (n, g, r1 - r0) of these rows: a / gain (n, 1, g * rows), gain (n, g * rows, 1), and what
+        dS is multiplied by for dQ, (n, 1, g * rows), so that the row's own largest P a would be 32 to 64.
 
         Only in fp32 is a gain 2^80 below the largest of its kv head another than the kernel's, which stops there.
         """
@@ -309,4 +319,8 @@ class _Gains:
             found.append(self.last)
         exponent = torch.stack(found, -1).nan_to_num_(neginf=0.0).repeat_interleave(GRADIENT_ROWS, -1)[..., : r1 - r0]
         gain = _power_below(torch.ldexp(torch.ones_like(a), exponent))
-        return (a / gain).flatten(1).unsqueeze(1), gain.flatten(1).unsqueeze(-1)
+        row = peak * a
+        of_row = (exponent - (torch.frexp(row).exponent - 6).float()).clamp_(-126, 126)
+        of_row = of_row.masked_fill(~((row > 0.0) & (row < torch.inf)), 0.0)
+        factor = torch.ldexp(torch.ones_like(a), of_row)
+        return (a / gain).flatten(1).unsqueeze(1), gain.flatten(1).unsqueeze(-1), factor.flatten(1).unsqueeze(1)

@@ -1,4 +1,4 @@
-// The gradient of 8-bit attention on Hopper: S by INT8 products on wgmma, dV and dK by FP8 ones, dP and dQ in bf16.
+// The gradient of 8-bit attention on Hopper: S by INT8 products on wgmma, dV, dK and dQ by FP8 ones, dP in bf16.
 //
 // One block is one tile of 128 keys of one head: a producer warp and two consumer warpgroups of 64 keys each. It walks over
 // the queries in tiles of 64, of every query head that shares the keys. Per tile a warpgroup computes, keys along the rows,
@@ -8,16 +8,16 @@
 //   P    = 2^(S - shift),  dS = P (dP - delta), in the units of backward_format.cuh
 //   dV  += P^T dO     e4m3: the A operand from registers, without a shuffle
 //   dK  += dS^T Q     e4m3, likewise
-//   dQ  += dS K       bf16: dS through shared memory, as the other warpgroup's keys count as well; half the channels each
+//   dQ  += dS K       e4m3: dS through shared memory, as the other warpgroup's keys count as well; half the channels each
 //
 // dV and dK stay in the tensor cores' accumulators from the first tile to the last. With INT8 in their place every tile
 // needs scales of its own, and both sums must be taken out of the integers after each: 450 of 950 instructions a warp and
 // tile, and no product in flight meanwhile. It was right to 0.9998 and ran at 0.83 of cuDNN's bf16 (docs/performance.md).
 //
-// dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in the accumulators' own
-// order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
-// At head dim 128 the registers do not suffice: 12 words, with `deterministic` more, lie in local memory.
-// sass: 60 accesses to local memory in the main loops of int8_grad<128
+// dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in fp16 and in the
+// accumulators' own order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
+// At head dim 128 the registers do not suffice: a few words, with `deterministic` more, lie in local memory.
+// sass: 33 accesses to local memory in the main loops of int8_grad<128
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
 #include <algorithm>
@@ -57,8 +57,8 @@ struct Shared {
   alignas(1024) unsigned char k8[kKeyTile * D];
   alignas(1024) int8::KeyBlock<D> keys;
   alignas(1024) int8::QueryBlock<D> queries[Config<D>::kStages];
-  alignas(1024) unsigned char ds[2][2 * kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
-  alignas(128) float sums[2][kQueryTile * D / 2];
+  alignas(1024) unsigned char ds[2][kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
+  alignas(128) __half sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
@@ -153,11 +153,6 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // 16 keys x D channels of a warp, times `factor` -> dk or dv.
 template <class T, int D>
@@ -348,19 +343,25 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       }
     }
     pack(ds8, y);
-    {  // matrix m of a store: queries 8 (j + m / 2) on, keys 8 (m % 2) on of the warp's 16; lane % 8 is the query's row
-      const int me = opaque(threadIdx.x % 128), query = me % 32 / 16 * 8 + me % 8, key = 16 * (me / 32) + me % 16 / 8 * 8;
-      unsigned char* const ds = shared.ds[stage] + half * kQueryTile * 128 + int8::swizzle(query * 128 + 2 * key, 128);
+    {  // Matrix m of a store: queries 8 (j + m) on, the warp's 16 keys, two to a number; lane % 8 is the query's row.
+      const int me = opaque(threadIdx.x % 128);
+      unsigned char* const ds = shared.ds[stage] + int8::swizzle(me % 32 * 128 + 64 * half + 16 * (me / 32), 128);
+      const auto two = [&](int j) {
+        const uint32_t by = *reinterpret_cast<const uint32_t*>(queries.row + 8 * j + 2 * t);
+        const float even = __uint_as_float(by << 16), odd = __uint_as_float(by & 0xffff0000u);
+        return sm90::pack_e4m3(as_float(y[4 * j]) * even, as_float(y[4 * j + 2]) * even, as_float(y[4 * j + 1]) * odd,
+                               as_float(y[4 * j + 3]) * odd);
+      };
 #pragma unroll
-      for (int j = 0; j < kScores / 4; j += 2) {
-        const auto pair = [&](int i) { return pack_bf16(as_float(y[i]), as_float(y[i + 1])); };
-        sm90::store_turned(ds + j * (8 * 128), pair(4 * j), pair(4 * j + 2), pair(4 * j + 4), pair(4 * j + 6));
-      }
+      for (int j = 0; j < kScores / 4; j += 4) sm90::store_turned(ds + j * (8 * 128), two(j), two(j + 1), two(j + 2), two(j + 3));
     }
     sm90::fence_shared();
 
     multiply(dk, ds8, queries.q8t);
     const int number = shared.number[stage];
+    float fits[2];  // of rows g and g + 8 of the warp's
+#pragma unroll
+    for (int r = 0; r < 2; ++r) fits[r] = __int_as_float((queries.sum[16 * warp + g + 8 * r] + 127) << 23);
     sm90::barrier_wait(&shared.full[kNext], next_parity);
     const bool more = shared.number[kNext] >= 0;
     multiply_scores(next, y);
@@ -369,11 +370,10 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     sm90::sync_threads<1, 256>();  // dS of all keys is there; the other buffer has been read, and so have the last sums
     sm90::wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kKeyTile / 16; ++step) {
-      const int block = step / 4;  // of 64 keys
-      const uint64_t a = sm90::operand(shared.ds[stage] + block * kQueryTile * 128, 128) + step % 4 * 2;
-      const uint64_t b = sm90::operand(shared.keys.k16 + (block * D + half * (D / 2)) * 128, 128) + step % 4 * 2;
-      step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(sums, a, b) : sm90::multiply_bf16<sm90::kAdded>(sums, a, b);
+    for (int step = 0; step < kKeyTile / 32; ++step) {
+      const uint64_t a = sm90::operand(shared.ds[stage], 128) + 2 * step;
+      const uint64_t b = sm90::operand(shared.keys.k8t + half * (D / 2) * 128, 128) + 2 * step;
+      step == 0 ? sm90::multiply_e4m3<sm90::kReplaced>(sums, a, b) : sm90::multiply_e4m3<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
@@ -388,9 +388,16 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     constexpr int kPiece = kPart * (C::kWriters / 32);
     const int thread = opaque(threadIdx.x % 128);
 #pragma unroll
-    for (int i = 0; i < kSums; i += 4) {
-      *reinterpret_cast<int4*>(shared.sums[half] + int8::grad_sum_offset(0, i, thread, D)) =
-          make_int4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+    for (int i = 0; i < kSums; i += 8) {
+      uint32_t pair[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float by = fits[e % 2];
+        const __half2 two = __floats2half2_rn(as_float(sums[i + 2 * e]) * by, as_float(sums[i + 2 * e + 1]) * by);
+        pair[e] = reinterpret_cast<const uint32_t&>(two);
+      }
+      *reinterpret_cast<uint4*>(shared.sums[half] + int8::grad_sum_offset(0, i, thread, D)) =
+          make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
     sm90::fence_shared();
     if constexpr (C::kWriters == 32) {
@@ -402,9 +409,9 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       auto* const workspace = static_cast<unsigned char*>(p.call.workspace);
       const int64_t part = int64_t(number) * int8::kGradWriters + half * 4 + thread / 32;
       [[maybe_unused]] int* const turns = reinterpret_cast<int*>(workspace + p.at.turns) + part;
-      float* const to = reinterpret_cast<float*>(workspace + p.at.sums) + part * kPart;
+      auto* const to = reinterpret_cast<__half*>(workspace + p.at.sums) + part * kPart;
       if constexpr (kDeterministic) sm90::await_count(turns, first_key / kKeyTile);
-      sm90::add_to_global(to, shared.sums[half] + thread / 32 * kPart, kPiece * 4);
+      sm90::add_to_global(to, shared.sums[half] + thread / 32 * kPart, kPiece * 2);
       if constexpr (kDeterministic) {
         sm90::await_additions();
         __threadfence();

@@ -76,38 +76,47 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 // ------------------------------------------------------------------------------------------------- save_output
 
-template <class T>
-__device__ __forceinline__ float number(const void* data, int64_t at) {
-  return static_cast<float>(static_cast<const T*>(data)[at]);
-}
+constexpr int kSaveThreads = 256;
 
-// A warp a token.
-template <class T>
-__global__ void __launch_bounds__(256) int8_save_tokens(const __grid_constant__ Int8SaveOutput call) {
-  constexpr int kTurns = 8;  // of 32 channels, up to head dim 256
+// Lanes that share a token, of eight channels each, and the tokens of a block.
+template <int D>
+constexpr int kSaveLanes = D == 64 ? 8 : 16;
+constexpr int kSaveTurns = 4;  // so many tokens of a thread are read before the first is computed with
+template <int D>
+constexpr int kSaveTokens = kSaveThreads / kSaveLanes<D> * kSaveTurns;
+
+template <class T, int D, bool kDense>
+__global__ void __launch_bounds__(kSaveThreads) int8_save_tokens(const __grid_constant__ Int8SaveOutput call) {
+  constexpr int kLanes = kSaveLanes<D>, kRows = kSaveThreads / kLanes;
   const int8::Shape& shape = call.shape;
-  const int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32, rows = int64_t(shape.batch) * shape.heads * shape.queries;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % 32;
-  const int64_t bh = row / shape.queries, token = row - bh * shape.queries;
-  const int64_t batch = bh / shape.heads, head = bh - batch * shape.heads;
-  const int64_t from = batch * call.out.stride[0] + head * call.out.stride[1] + token * call.out.stride[2];
-  float x[kTurns], most = 0.0f;
+  const int tiles = (shape.queries + kSaveTokens<D> - 1) / kSaveTokens<D>, bh = blockIdx.x / tiles;
+  const int first = (blockIdx.x - bh * tiles) * kSaveTokens<D> + threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kChunk;
+  const HeadRows<T, kDense> rows(call.out, bh / shape.heads, bh % shape.heads, shape.head_dim);
+  Chunk<T> x[kSaveTurns];
 #pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    const int channel = lane + 32 * i;
-    x[i] = channel < shape.head_dim ? number<T>(call.out.data, from + channel * call.out.stride[3]) : 0.0f;
-    most = max_nan(most, fabsf(x[i]));
-  }
+  for (int i = 0; i < kSaveTurns; ++i) x[i] = rows.load(first + i * kRows, channel, first + i * kRows < shape.queries);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) most = max_nan(most, __shfl_xor_sync(0xffffffffu, most, step));
-  const Scale s(most);
-  if (lane == 0) call.out_scale[row] = s.scale;
+  for (int i = 0; i < kSaveTurns; ++i) {
+    float most = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    const int channel = lane + 32 * i;
-    if (channel < shape.head_dim) {
-      call.out8[row * shape.head_dim + channel] = static_cast<signed char>(round_to_int(x[i] * s.inverse));
+    for (int c = 0; c < kChunk; ++c) most = max_nan(most, fabsf(x[i][c]));
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) most = max_nan(most, __shfl_xor_sync(0xffffffffu, most, step));
+    const int token = first + i * kRows;
+    if (token >= shape.queries) continue;
+    const Scale s(most);
+    const int64_t row = int64_t(bh) * shape.queries + token;
+    if (channel == 0) call.out_scale[row] = s.scale;
+    const auto code = [&](int c) { return x[i][c] * s.inverse; };
+    const uint32_t word[2] = {pack_s8(code(0), code(1), code(2), code(3)), pack_s8(code(4), code(5), code(6), code(7))};
+    signed char* const to = call.out8 + row * shape.head_dim + channel;
+    if (shape.head_dim % kChunk == 0) {
+      if (channel < shape.head_dim) *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        if (channel + c < shape.head_dim) to[c] = static_cast<signed char>(word[c / 4] >> (8 * (c % 4)));
+      }
     }
   }
 }
@@ -122,9 +131,9 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
   const int8::Shape& shape = p.call.shape;
   const int64_t kv = blockIdx.x, group = shape.heads / shape.kv_heads, tiles = shape.query_tiles(), rows = tiles * kQueryTile;
   const int64_t batch = kv / shape.kv_heads, first = batch * shape.heads + (kv - batch * shape.kv_heads) * group;
-  __shared__ int most_q, most_v[D / 32];  // bits of floats that are not negative
+  __shared__ int most_q, most_k, most_v[D / 32];  // bits of floats that are not negative
   __shared__ float square[D];
-  if (threadIdx.x == 0) most_q = 0;
+  if (threadIdx.x == 0) most_q = most_k = 0;
   if (threadIdx.x < D / 32) most_v[threadIdx.x] = 0;
   __syncthreads();
   float most = 0.0f;
@@ -133,6 +142,10 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
     for (int64_t i = threadIdx.x; i < shape.queries; i += kLevelThreads) most = max_nan(most, scales[i]);
   }
   atomicMax(&most_q, __float_as_int(most));
+  most = 0.0f;
+  const float* const k_scales = p.saved<float>(p.from.k_scale) + kv * shape.key_tiles() * int8::kKeyGroups;
+  for (int64_t i = threadIdx.x; i < shape.key_tiles() * int8::kKeyGroups; i += kLevelThreads) most = max_nan(most, k_scales[i]);
+  atomicMax(&most_k, __float_as_int(most));
   constexpr int kGroups = D / 32;
   float largest[kGroups] = {};
   const float* const scales = p.saved<float>(p.from.v_scale) + kv * shape.key_tiles() * int8::value_scales(D);
@@ -160,6 +173,8 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
   level.value = top == 0.0f || !(top < -kNegativeInfinity) ? 1.0f : inverse_of_power(power_below(unit * (reach * (256.0f / 448.0f)))) * 0.5f;
   const float query = __int_as_float(most_q) * (127.0f * kLn2);
   level.query = query == 0.0f ? 1.0f : power_below(query) * (1.0f / 128.0f);
+  const float key = __int_as_float(most_k) * 127.0f;
+  level.key = key == 0.0f ? 1.0f : power_below(key) * (1.0f / 128.0f);
 }
 
 // ------------------------------------------------------------------------------------------------- prepare_keys
@@ -171,33 +186,34 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
   const int keys = static_cast<int>(min(int64_t(kKeyTile), shape.keys - tile * kKeyTile));  // that there are
   unsigned char* const block = p.part(p.at.key_blocks + int64_t(blockIdx.x) * sizeof(int8::KeyBlock<D>));
   unsigned char* const v16 = block;
-  unsigned char* const k16 = block + kKeyTile * D * 2;
+  unsigned char* const k8t = block + kKeyTile * D * 2;
   const unsigned char* const k8 = p.saved<unsigned char>(p.from.k8) + int64_t(blockIdx.x) * kKeyTile * D;
   const unsigned char* const v8 = p.saved<unsigned char>(p.from.v8) + int64_t(blockIdx.x) * kKeyTile * D;
   const float* const k_scale = p.saved<float>(p.from.k_scale) + int64_t(blockIdx.x) * int8::kKeyGroups;
   const float* const v_scale = p.saved<float>(p.from.v_scale) + int64_t(blockIdx.x) * int8::value_scales(D);
   const float* const v_norm = p.saved<float>(p.from.v_norm) + bh * D;
   const float* const v_mean = p.saved<float>(p.from.v_mean) + bh * D;
-  const float value = reinterpret_cast<const GradLevel*>(p.part(p.at.levels))[bh].value;
+  const GradLevel level = reinterpret_cast<const GradLevel*>(p.part(p.at.levels))[bh];
+  const float value = level.value;
 
-  // K: four channels of eight keys, which are side by side in k16. Codes past the end are 0.
-  for (int item = threadIdx.x; item < kKeyTile / 8 * (D / 4); item += 256) {
-    const int key = item % (kKeyTile / 8) * 8, channel = item / (kKeyTile / 8) * 4;
-    uint32_t word[8];
+  // K: four channels of 16 keys, which are side by side in k8t. Codes past the end are 0.
+  for (int item = threadIdx.x; item < kKeyTile / 16 * (D / 4); item += 256) {
+    const int key = item % (kKeyTile / 16) * 16, channel = item / (kKeyTile / 16) * 4;
+    uint32_t word[16];
     float scale[int8::kKeyGroups];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) word[i] = *reinterpret_cast<const uint32_t*>(k8 + int8::key_offset(key + i, channel, D));
+    for (int i = 0; i < 16; ++i) word[i] = *reinterpret_cast<const uint32_t*>(k8 + int8::key_offset(key + i, channel, D));
 #pragma unroll
-    for (int i = 0; i < int8::kKeyGroups; ++i) scale[i] = k_scale[i];
+    for (int i = 0; i < int8::kKeyGroups; ++i) scale[i] = k_scale[i] * inverse_of_power(level.key);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      uint32_t pair[4];
+      uint32_t four[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pair[i] = pack_bf16(byte_of(word[2 * i], c) * scale[i], byte_of(word[2 * i + 1], c) * scale[i]);
+      for (int i = 0; i < 4; ++i) {  // keys 2i, 2i + 8, 2i + 1, 2i + 9
+        four[i] = sm90::pack_e4m3(byte_of(word[2 * i], c) * scale[i], byte_of(word[2 * i + 8], c) * scale[i],
+                                  byte_of(word[2 * i + 1], c) * scale[i], byte_of(word[2 * i + 9], c) * scale[i]);
       }
-      *reinterpret_cast<uint4*>(k16 + int8::grad_key_offset(key, channel + c, D)) =
-          make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      *reinterpret_cast<uint4*>(k8t + int8::grad_key_offset(key, channel + c)) = make_uint4(four[0], four[1], four[2], four[3]);
     }
   }
   // V: eight channels of the four keys of a word of v8. Keys past the end are 0, not the mean.
@@ -224,6 +240,20 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
 }
 
 // ------------------------------------------------------------------------------------------------- prepare_queries
+
+// The exponent of a tile's gain, from the bits of its largest weight times a, of which the forward pass knows no more than
+// that it may be four times as much: p is at most 2^8. Where that is less than the exponents of two tiles may differ by, the
+// last tile's stands, and so it does where there is no gradient. The sums are multiplied by what lies between two gains:
+// that stays a number as the gains of a kv head's tiles are kGainSpan apart at most, and none, below 1, beyond kLeastGain.
+// What a gain so lifted rounds to 0 is 2^-80 of the largest.
+constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120;
+__device__ __forceinline__ int gain_of(int weight) { return (weight >> 23) - 127 - 5; }
+__device__ __forceinline__ int gain_after(int last, bool first, int weight, int most) {
+  const int gain = gain_of(weight);
+  if (gain < kLeastGain) return last;
+  return first || gain > last || gain < last - kKeptOctaves ? max(gain, most - kGainSpan) : last;
+}
+constexpr int kNoGain = -32768;  // of a row that attends nothing, or whose weight is no number
 
 // Thread: eight channels of the queries {2i, 2i+1, 8+2i, 9+2i} of a group of 16, which are one word of each channel's row in
 // the turned blocks.
@@ -279,6 +309,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     const int token = tile * kQueryTile + threadIdx.x;
     const int64_t row = bh * shape.queries + token;
     float delta = 0.0f, top = 0.0f, shift = -kNegativeInfinity, scale = 0.0f;
+    int own = kNoGain, fits = 0;  // of the row alone
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       delta += products[threadIdx.x][c];
@@ -296,9 +327,14 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
         shift = natural * kLog2e - static_cast<float>((__float_as_int(a) >> 23) - 127);
         const float weight = p.call.peak[row] * a;
         if (weight < -kNegativeInfinity) atomicMax(&most, __float_as_int(weight));  // a number
+        if (weight > 0.0f && weight < -kNegativeInfinity) own = gain_of(__float_as_int(weight));
+        // A row of p, for dQ, adds up to less than 2^6 / peak; k and dP make at most 2^14 of it, and fp16 ends at 2^16.
+        const float peak = p.call.peak[row];
+        if (peak > 0.0f && peak <= 1.0f) fits = max((__float_as_int(peak) >> 23) - 127 - 5, -126);
       }
     }
     block.q_scale[threadIdx.x] = scale, block.shift[threadIdx.x] = shift;
+    block.row[threadIdx.x] = static_cast<unsigned short>(own), block.sum[threadIdx.x] = static_cast<signed char>(fits);
     block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * level.value;
   }
   __syncthreads();
@@ -340,19 +376,6 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 
 // ------------------------------------------------------------------------------------------------- choose_gains
 
-// The exponent of a tile's gain, from the bits of its largest weight times a, of which the forward pass knows no more than
-// that it may be four times as much: p is at most 2^8. Where that is less than the exponents of two tiles may differ by, the
-// last tile's stands, and so it does where there is no gradient. The sums are multiplied by what lies between two gains:
-// that stays a number as the gains of a kv head's tiles are kGainSpan apart at most, and none, below 1, beyond kLeastGain.
-// What a gain so lifted rounds to 0 is 2^-80 of the largest.
-constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120;
-__device__ __forceinline__ int gain_of(int weight) { return (weight >> 23) - 127 - 5; }
-__device__ __forceinline__ int gain_after(int last, bool first, int weight, int most) {
-  const int gain = gain_of(weight);
-  if (gain < kLeastGain) return last;
-  return first || gain > last || gain < last - kKeptOctaves ? max(gain, most - kGainSpan) : last;
-}
-
 // A block a query head.
 template <int D>
 __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_constant__ Params p) {
@@ -382,7 +405,11 @@ __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_
     last = gain[count - 1];
     if (static_cast<int>(threadIdx.x) < count) blocks[from + threadIdx.x].gain = gain[threadIdx.x];
     for (int i = threadIdx.x; i < count * kQueryTile; i += kLevelThreads) {
-      blocks[from + i / kQueryTile].shift[i % kQueryTile] += static_cast<float>(gain[i / kQueryTile]);
+      auto& block = blocks[from + i / kQueryTile];
+      block.shift[i % kQueryTile] += static_cast<float>(gain[i / kQueryTile]);
+      const int own = static_cast<short>(block.row[i % kQueryTile]);
+      const int exponent = own == kNoGain ? 0 : min(max(gain[i / kQueryTile] - own, -126), 126);
+      block.row[i % kQueryTile] = static_cast<unsigned short>((exponent + 127) << 7);  // a bf16
     }
     __syncthreads();
   }
@@ -400,15 +427,26 @@ __global__ void __launch_bounds__(256) int8_finish_queries(const __grid_constant
   const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles, batch = bh / shape.heads, head = bh - batch * shape.heads;
   const int tile = static_cast<int>(blockIdx.x - bh * tiles), half = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4, column = half * (D / 2) + thread % 4 * 2;
-  const float* const sums = reinterpret_cast<const float*>(p.part(p.at.sums)) + int64_t(blockIdx.x) * kQueryTile * D;
+  const auto* const sums = reinterpret_cast<const __half*>(p.part(p.at.sums)) + int64_t(blockIdx.x) * kQueryTile * D;
   const auto* const made = reinterpret_cast<const int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + blockIdx.x;
-  const float factor = p.call.scale * exp2_approx(static_cast<float>(made->gain)) / p.level(batch, head).value;
+  const GradLevel level = p.level(batch, head);
+  const float all = p.call.scale * exp2_approx(static_cast<float>(made->gain)) / level.value * level.key;
+  float factor[2];
 #pragma unroll
-  for (int i = 0; i < D / 4; i += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(sums + int8::grad_sum_offset(half, i, thread, D));
-    const float x[4] = {four.x, four.y, four.z, four.w};
+  for (int r = 0; r < 2; ++r) {
+    factor[r] = all * inverse_of_power(__uint_as_float(uint32_t(made->row[row + 8 * r]) << 16)) *
+                exp2_approx(static_cast<float>(-made->sum[row + 8 * r]));
+  }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) tile_of[(row + 8 * (e / 2)) * kRow + column + 2 * i + e % 2] = static_cast<T>(x[e] * factor);
+  for (int i = 0; i < D / 4; i += 8) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(sums + int8::grad_sum_offset(half, i, thread, D));
+    const uint32_t word[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[e / 2]));
+      tile_of[(row + 8 * (e / 2 % 2)) * kRow + column + 2 * (i + e / 4 * 4) + e % 2] =
+          static_cast<T>((e % 2 ? pair.y : pair.x) * factor[e / 2 % 2]);
+    }
   }
   __syncthreads();
   const Tensor4& dq = p.call.dq;
@@ -458,11 +496,20 @@ cudaError_t prepare(const Int8Backward& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t int8_save_output(const Int8SaveOutput& call, cudaStream_t stream) {
-  const int64_t rows = int64_t(call.shape.batch) * call.shape.heads * call.shape.queries, blocks = int8::ceil_div(rows, 8);
-  if (check_grid(blocks) != cudaSuccess) return cudaErrorInvalidValue;
+  const int8::Shape& shape = call.shape;
   return with_dtype(call.out.dtype, [&](auto x) {
-    int8_save_tokens<decltype(x)><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(call);
-    return cudaGetLastError();
+    return with_grad_head_dim(shape.d(), [&](auto d) {
+      using T = decltype(x);
+      constexpr int D = decltype(d)::value;
+      const int64_t blocks = int64_t(shape.batch) * shape.heads * int8::ceil_div(shape.queries, kSaveTokens<D>);
+      if (check_grid(blocks) != cudaSuccess) return cudaErrorInvalidValue;
+      if (is_dense(call.out, shape.head_dim)) {
+        int8_save_tokens<T, D, true><<<static_cast<unsigned>(blocks), kSaveThreads, 0, stream>>>(call);
+      } else {
+        int8_save_tokens<T, D, false><<<static_cast<unsigned>(blocks), kSaveThreads, 0, stream>>>(call);
+      }
+      return cudaGetLastError();
+    });
   });
 }
 

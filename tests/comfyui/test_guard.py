@@ -161,6 +161,33 @@ def test_agreement_of_exact_attention_with_itself(mask, layout):
     assert cosine == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (4, 2), (5, 5)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 5), (16, 64), (33, 200)])
+def test_agreement_looks_at_the_keys_and_values_of_its_heads(queries, keys, heads, kv_heads, dtype):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, queries, 64, generator=g).to(dtype)
+    k, v = (torch.randn(2, kv_heads, keys, 64, generator=g).to(dtype) for _ in range(2))
+    out = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True)
+    finite, cosine = agreement(HookCall(q, k, v, "HND", None, None, False), out.to(dtype))
+    assert finite
+    assert cosine == pytest.approx(1, abs=1e-6 if dtype == torch.float32 else 1e-4)
+    spoilt = out.clone()
+    spoilt[0, -1, -1] = -spoilt[0, -1, -1]  # the last row is one of those looked at
+    assert agreement(HookCall(q, k, v, "HND", None, None, False), spoilt.to(dtype))[1] < cosine - 1e-3
+
+
+@pytest.mark.parametrize(("number", "finite"), [(3e38, True), (torch.inf, False), (-torch.inf, False), (torch.nan, False)])
+def test_one_bad_number_is_seen_and_a_sum_that_overflows_is_none(number, finite):
+    q, k, v = tensors()
+    out = torch.zeros_like(q)
+    if finite:
+        out.fill_(number)
+    else:
+        out[-1, -1, 1, 1] = number
+    assert agreement(HookCall.read(q, k, v, H, skip_reshape=True), out)[0] == finite
+
+
 def test_listed_layers_stay_exact_and_unknown_ones_too():
     hook = Hook(PrecisionPlan("int8"), emulate=True, exact_layers=LayerList.parse("0, 2-3"))
     for layer in range(5):

@@ -19,7 +19,7 @@ from .exact import exact as exact_attention
 from .exact import relative_l1
 
 NAMES = ("dq", "dk", "dv")
-# Cosine with fp64 on N(0,1) inputs: the bar is 0.999 each (dK, which both of its operands are rounded for, has 0.99976).
+# Cosine with fp64 on N(0,1) inputs: the bar is 0.999 each. Both operands of each are e4m3: 0.9991 to 0.9993.
 LEAST = 0.999
 # Of the relative L1 of the reference, which is the same algorithm; scales of V and means are grouped a little differently.
 OF_REFERENCE, BESIDES = 1.25, 0.004
@@ -177,6 +177,11 @@ def test_the_bar_at_4096_tokens():
         assert cosine(a, e) >= 0.999
 
 
+def test_a_long_sequence_of_keys():
+    """dq is added up in fp16, here in 256 parts."""
+    check(*inputs(256, 32768, 128, h=1, hkv=1))
+
+
 def test_rows_of_tiny_gradients_keep_their_digits():
     q, k, v, dout = inputs(512, 512, 64, dtype=torch.float32, offset=0.0)
     dout = dout * 1e-4 ** (torch.arange(512, device=dout.device) // 64).clamp(max=4).view(1, 1, -1, 1)
@@ -211,14 +216,14 @@ def test_fifty_repeats_are_the_same_bits_in_deterministic_mode(d, causal):
 
 
 def test_keys_and_values_are_the_same_bits_in_every_run():
-    """Each block of dk and dv has one writer. dq's sums come as they come, and differ in their last digits only."""
+    """Each block of dk and dv has one writer. dq's sums, in fp16, come as they come: last digits differ."""
     tensors = inputs(1025, 2049, 128, h=8, hkv=4)
     _, want = ours(*tensors)
     for _ in range(20):
         _, got = ours(*tensors)
         assert torch.equal(got[1], want[1])
         assert torch.equal(got[2], want[2])
-        assert relative_l1(got[0], want[0]) < 1e-3
+        assert relative_l1(got[0], want[0]) < 3e-3
 
 
 def test_nothing_waits_for_the_device():

@@ -48,7 +48,8 @@ def translate(name: str, folder: Path, launches: int, omissible: Collection[str]
 def build(folder: Path, host: str, sources: dict[str, Path]) -> ctypes.CDLL:
     """The host file of that name as a library for this CPU; ``sources``: its macros, and the files that they name."""
     defines = [f'-D{macro}="{path}"' for macro, path in sources.items()]
-    flags = ["-std=c++20", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden", *defines]
+    flags = ["-std=c++20", "-O2", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]  # as nvcc's device code has it
+    flags += ["-shared", "-fPIC", "-fvisibility=hidden", *defines]
     includes = [f"-I{HERE / 'emulator'}", f"-I{find_tree().root / 'include'}"]
     command = [cxx(), *flags, *includes, "-o", folder / "host.so", HERE / host]
     made = subprocess.run(command, capture_output=True, text=True)

@@ -25,12 +25,12 @@ def test_the_bars_on_normal_inputs(rows, name, bar):
     assert rows[f"{name}, ours"].cosine >= bar
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.5), ("dK", 0.75), ("dV", 0.9)])
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.75), ("dK", 0.75), ("dV", 0.9)])
 def test_a_scale_for_a_query_leaves_less_error_than_one_for_a_block(rows, name, at_most):
     assert rows[f"{name}, ours"].relative_l1 < at_most * rows[f"{name}, paper (P V in INT8)"].relative_l1
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("dQ", 1.01), ("dK", 0.6), ("dV", 0.4)])
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.45), ("dK", 0.6), ("dV", 0.4)])
 def test_int8_with_a_scale_for_a_row_leaves_less_yet(rows, name, at_most):
     assert rows[f"{name}, INT8, a scale a row"].relative_l1 < at_most * rows[f"{name}, ours"].relative_l1
 
@@ -47,7 +47,7 @@ def test_dout_v_in_8_bits_is_worse(rows, name):
     assert rows[f"{name}, paper, dO V^T in INT8"].relative_l1 > rows[f"{name}, paper (P V in INT8)"].relative_l1
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.5), ("dK", 0.8), ("dV", 0.8)])
+@pytest.mark.parametrize(("name", "at_most"), [("dQ", 0.8), ("dK", 0.8), ("dV", 0.8)])
 def test_ours_is_nearer_than_the_papers_scales_in_fp8_which_are_no_better_than_in_int8_in_all(rows, name, at_most):
     ours, int8, fp8 = (rows[f"{name}, {method}"] for method in ("ours", "paper (P V in FP8)", "paper, FP8 for INT8"))
     assert ours.relative_l1 < at_most * fp8.relative_l1

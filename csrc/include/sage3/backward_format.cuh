@@ -12,7 +12,7 @@
 //   dP^T = V dO^T    v16, dout16                       over channels, in bf16
 //   dV   = P^T dO    P^T from registers, dout8         over queries, in e4m3
 //   dK   = dS^T Q    dS^T from registers, q8t          over queries, in e4m3
-//   dQ   = dS K      dS through shared memory, k16     over keys, in bf16
+//   dQ   = dS K      dS through shared memory, k8t     over keys, in e4m3
 //
 // P and dS span many octaves, and they are multiplied and summed over the queries, so that a scale can only be a query's own,
 // on both sides. Every query has one, the power of two `a` at the largest magnitude of its dO. The rest is powers of two for
@@ -22,7 +22,9 @@
 //   do  = dO / a                in dout16; 128 times that, below 256, in dout8
 //   v   = V value               so that p (dP - delta) is below 448; about 30 where p is 256 and all is normal
 //   q   = Q scale / query       at most 256, in q8t
+//   k   = K / key               at most 256, in k8t
 //
+// dQ is a query's own: for it ds is multiplied by 2^`row` more, so that the row's largest p would be at most 256 as well.
 // All of this is exact in floating point. Then p^T do is dV / gain, and ds = p (v do - delta value / a) is dS value / gain.
 // A tile keeps the gain of the one before it where it can, for where it changes the sums have to be multiplied.
 #pragma once
@@ -32,7 +34,7 @@
 namespace sage3::int8 {
 
 struct GradLevel {  // of a kv head; see above
-  float query, value;
+  float query, value, key;
 };
 constexpr float kGradTop = 128.0f;  // dout8 = kGradTop * do
 
@@ -58,14 +60,15 @@ SAGE3_HD constexpr int grad_turned_offset(int query, int channel) {
   return swizzle(channel * kQueryTile + value_position(query), kQueryTile);
 }
 
-// (key < 128, channel) of v16; of k16, whose rows are the keys of a channel, in two blocks of 64.
+// (key < 128, channel) of v16; of k8t, whose rows are the keys of a channel. Keys g and g + 8 of 16 lie side by side, for a
+// thread has both, of a query, in one store of dS.
 SAGE3_HD constexpr int grad_value_offset(int key, int channel, int d) {
   return block_offset(key, 2 * channel, kKeyTile, wide_block(d));
 }
-SAGE3_HD constexpr int grad_key_offset(int key, int channel, int d) { return block_offset(channel, 2 * key, d, 128); }
-
-// (query < 64, key < 128) of dS, two bytes: rows of 64 keys, one block for each warpgroup's.
-SAGE3_HD constexpr int grad_scores_offset(int query, int key) { return block_offset(query, 2 * key, kQueryTile, 128); }
+SAGE3_HD constexpr int grad_key_position(int key) { return key / 16 * 16 + key % 8 * 2 + key % 16 / 8; }
+SAGE3_HD constexpr int grad_key_offset(int key, int channel) {
+  return swizzle(channel * kKeyTile + grad_key_position(key), kKeyTile);
+}
 
 template <int D>
 struct alignas(1024) QueryBlock {
@@ -77,18 +80,20 @@ struct alignas(1024) QueryBlock {
   float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
   float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
   int gain, nothing[3];       // an exponent
+  unsigned short row[kQueryTile];  // a bf16, a power of two: what dS is multiplied by for dQ
+  signed char sum[kQueryTile];     // an exponent: what dQ's sums are multiplied by, so that fp16 holds them
 };
 
 template <int D>
 struct alignas(1024) KeyBlock {
   unsigned char v16[kKeyTile * D * 2];  // v * value
-  unsigned char k16[kKeyTile * D * 2];  // k - k_mean
+  unsigned char k8t[kKeyTile * D];      // (k - k_mean) / key
 };
 
-// dQ is summed in fp32 by the copy engine, in the order of the accumulators of dS K: warpgroup h has the channels from
+// dQ is summed in fp16 by the copy engine, in the order of the accumulators of dS K: warpgroup h has the channels from
 // h D / 2 on, and what a warp has lies together. Element of a tile that holds accumulator i of a thread.
 SAGE3_HD constexpr int grad_sum_offset(int half, int i, int thread, int d) {
-  return (((half * 4 + thread / 32) * (d / 16) + i / 4) * 32 + thread % 32) * 4 + i % 4;
+  return (((half * 4 + thread / 32) * (d / 32) + i / 8) * 32 + thread % 32) * 8 + i % 8;
 }
 constexpr int kGradWriters = 8;  // warps that add to a tile of dQ
 
@@ -100,8 +105,8 @@ struct GradWorkspace {
   SAGE3_HD explicit GradWorkspace(const Shape& s) {
     const int64_t d = s.d(), tiles = int64_t(s.batch) * s.heads * s.query_tiles();
     const auto whole = [](int64_t size) { return ceil_div(size, 1024) * 1024; };
-    query_block_bytes = whole(kQueryTile * d * 5 + 3 * kQueryTile * 4 + 16);
-    key_block_bytes = kKeyTile * d * 4;
+    query_block_bytes = whole(kQueryTile * d * 5 + 3 * kQueryTile * 4 + 16 + kQueryTile * 3);
+    key_block_bytes = kKeyTile * d * 3;
     int64_t at = 0;
     auto take = [&](int64_t size) {
       const int64_t begin = at;
@@ -112,7 +117,7 @@ struct GradWorkspace {
     key_blocks = take(int64_t(s.batch) * s.kv_heads * s.key_tiles() * key_block_bytes);
     levels = take(int64_t(s.batch) * s.kv_heads * sizeof(GradLevel));
     weights = take(tiles * 4);  // a tile's largest weight times a
-    sums = take(tiles * kQueryTile * d * 4);
+    sums = take(tiles * kQueryTile * d * 2);
     turns = take(tiles * kGradWriters * 4);  // deterministic: how many key tiles have added to each part of a tile of dQ
     bytes = at;
   }

@@ -2,6 +2,8 @@
 // the bits of floats of the others, so that one array serves both in turn.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "sage3/ptx_sm90.cuh"
 
 namespace sage3::sm90 {
@@ -22,11 +24,11 @@ __device__ __forceinline__ void store_turned(void* row, uint32_t a, uint32_t b, 
                : "memory");
 }
 
-// Adds floats in shared memory to as many in global memory, in the background. A thread waits for its own additions: until
+// Adds fp16 numbers in shared memory to as many in global memory, in the background. A thread waits for its own additions: until
 // all have been read, or until all are there. UBLKRED.G.S.ADD
-__device__ __forceinline__ void add_to_global(float* to, const float* from, uint32_t bytes) {
+__device__ __forceinline__ void add_to_global(__half* to, const __half* from, uint32_t bytes) {
   asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(to),
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.f16 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(to),
       "r"(shared_address(from)), "r"(bytes)
       : "memory");
 }
@@ -105,6 +107,23 @@ __device__ __forceinline__ void multiply_e4m3(int (&d)[64], const uint32_t* a, u
                : SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24), SAGE3_IN_OUT(d, 32), SAGE3_IN_OUT(d, 40), SAGE3_IN_OUT(d, 48), SAGE3_IN_OUT(d, 56)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+// D[64][N] (+)= A[64][32] B[N][32]^T, e4m3 in shared memory, fp32 sums. QGMMA.64xNx32.F32.E4M3.E4M3
+#define SAGE3_E4M3(n, words, a, b, ...)                                                                                  \
+  template <Old kOld>                                                                                                    \
+  __device__ __forceinline__ void multiply_e4m3(int (&d)[n / 2], uint64_t left, uint64_t right) {                        \
+    if constexpr (kOld == kAdded) {                                                                                      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 " words ", %" #a ", %" #b ", 1, 1, 1;"      \
+                   : __VA_ARGS__ : "l"(left), "l"(right));                                                               \
+    } else {                                                                                                             \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 " words ", %" #a ", %" #b ", 0, 1, 1;"      \
+                   : __VA_ARGS__ : "l"(left), "l"(right));                                                               \
+    }                                                                                                                    \
+  }
+SAGE3_E4M3(64, SAGE3_D32, 32, 33, SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16), SAGE3_IN_OUT(d, 24))
+SAGE3_E4M3(48, SAGE3_D24, 24, 25, SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8), SAGE3_IN_OUT(d, 16))
+SAGE3_E4M3(32, SAGE3_D16, 16, 17, SAGE3_IN_OUT(d, 0), SAGE3_IN_OUT(d, 8))
+#undef SAGE3_E4M3
 
 // D[64][N] (+)= A[64][16] B[N][16]^T, bf16 in shared memory, fp32 sums. HGMMA.64xNx16.F32.BF16
 template <Old kOld>

@@ -111,6 +111,7 @@ struct __half {
 inline __half __ushort_as_half(unsigned short x) { __half h; h.bits = x; return h; }
 inline float __half2float(__half h) { return static_cast<float>(h); }
 struct __half2 { __half x, y; };
+inline float2 __half22float2(__half2 h) { return {static_cast<float>(h.x), static_cast<float>(h.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
 
 // ---- threads
@@ -158,9 +159,9 @@ inline uint8_t to_e4m3(float x) {
 enum Kind { kS8, kU8, kBf16, kE4m3 };  // kU8: A is unsigned, B is not
 
 struct Addition {  // one cp.reduce of a thread
-  float* to;
-  const float* from;
-  std::vector<float> read;  // from there, once it has been
+  _Float16* to;
+  const _Float16* from;
+  std::vector<_Float16> read;  // from there, once it has been
   size_t count;
 };
 
@@ -300,7 +301,7 @@ inline void read(std::vector<Addition>& additions) {
 
 inline void add(std::vector<Addition>& additions) {
   for (const Addition& x : additions) {
-    for (size_t i = 0; i < x.count; ++i) x.to[i] += x.read[i];
+    for (size_t i = 0; i < x.count; ++i) x.to[i] = static_cast<_Float16>(float(x.to[i]) + float(x.read[i]));
   }
   additions.clear();
 }

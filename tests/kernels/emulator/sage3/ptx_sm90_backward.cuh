@@ -34,11 +34,11 @@ inline void store_turned(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t
   __syncwarp();
 }
 
-inline void add_to_global(float* to, const float* from, uint32_t bytes) {
+inline void add_to_global(__half* to, const __half* from, uint32_t bytes) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
     emulator::fail("an addition in the background that is not aligned");
   }
-  emulator::block->additions[threadIdx.x].push_back({to, from, {}, bytes / 4});
+  emulator::block->additions[threadIdx.x].push_back({reinterpret_cast<_Float16*>(to), reinterpret_cast<const _Float16*>(from), {}, bytes / 2});
 }
 inline void await_additions_read() { emulator::read(emulator::block->additions[threadIdx.x]); }
 inline void await_additions() {
@@ -67,6 +67,10 @@ void multiply_s8(int (&d)[kCount], uint64_t a, uint64_t b) {
 template <int kCount>
 void multiply_e4m3(int (&d)[kCount], const uint32_t* a, uint64_t b) {
   emulator::issue(emulator::kE4m3, a, 0, b, true, d, 2 * kCount);
+}
+template <Old kOld, int kCount>
+void multiply_e4m3(int (&d)[kCount], uint64_t a, uint64_t b) {
+  emulator::issue(emulator::kE4m3, nullptr, a, b, kOld == kAdded, d, 2 * kCount);
 }
 template <Old kOld, int kCount>
 void multiply_bf16(int (&d)[kCount], uint64_t a, uint64_t b) {
