@@ -3,9 +3,9 @@
     python benchmarks/hook.py --out benchmarks/results/hook-h200.json
 
 A stand-in for Wan 2.1 1.3B at 480p: 30 layers of self-attention over 32,760 tokens, 12 heads of 128, 20 steps, and 4, as
-distilled models have; nothing but attention, so each share printed is an upper bound of its share of a sampling. "bare" calls the door, "hook" goes through
-the override as ComfyUI calls it, "no guard" is the hook without its look at first results. Runs take turns; medians. Writes
-JSON; exits with 2 where there is no GPU.
+distilled models have; nothing but attention, so each share printed is an upper bound of its share of a sampling. "bare"
+calls the door, "hook" goes through the override as ComfyUI calls it, "no guard" is the hook without its look at first
+results. Runs take turns; medians. Writes JSON; exits with 2 where there is no GPU.
 """
 
 from __future__ import annotations
