@@ -7,9 +7,10 @@
     python benchmarks/attention.py --from-json benchmarks/results/h200.json     table and plot anew, no GPU needed
 
 Peers take turns within each shape, so that a clock that drifts is fair to all. "with quantisation" is the whole call,
-"kernel alone" starts from prepared 8-bit operands. TFLOPS are 4 B H Lq Lk D / time, halved when causal, x 2.5 backward.
-Errors are against fp64 on the same inputs, up to 4 heads and 1024 rows. GB/s of the quantisation count q, k and v read
-once and every code and scale written once. Writes NAME.json, NAME.md and NAME.png; exits with 2 where there is no GPU.
+"kernel alone" starts from prepared 8-bit operands. TFLOPS are 4 B H Lq Lk D / time, halved when causal, x 2.5 backward and
+x 3.5 for both passes together. Errors are against fp64 on the same inputs, up to 4 heads and 1024 rows. GB/s of the
+quantisation count q, k and v read once and every code and scale written once. Writes NAME.json, NAME.md and NAME.png;
+exits with 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -145,9 +146,9 @@ def run(
     say(f"{result['device']['name']}: copies {result['copy_gb_per_s']:.0f} GB/s")
     try:
         for shape in wanted:
-            for direction in ("forward", "backward"):
+            for direction in peers.DIRECTIONS:
                 mine = [p for p in present if p.direction == direction]
-                if not mine or (direction == "backward" and shape.group != "square"):
+                if not mine or (direction != "forward" and shape.group != "square"):
                     continue
                 rows = Turn(shape, direction, mine, clock).rows(seconds, result)
                 result["rows"] += rows
@@ -237,8 +238,8 @@ class Turn:
         shape = self.shape
         heads, rows = measure.sampled_heads(shape), measure.sampled_rows(shape.queries)
         q, k, v = (x[:1, :heads] for x in qkv)
-        backward = self.direction == "backward"
-        out, dq = measure.exact_rows(q, k, v, rows, shape.causal, q if backward else None)
+        forward = self.direction == "forward"
+        out, dq = measure.exact_rows(q, k, v, rows, shape.causal, None if forward else q)
         exact = out if dq is None else dq
         for p in self.peers:
             if p.name not in runners:
@@ -258,7 +259,7 @@ class Turn:
             return row
         row["ms"] = asdict(timing)
         row["tflops"] = shape.flops(self.direction) / timing.median / 1e9 if p.has_output else None
-        cudnn = timings.get(peers.BASELINE + ("-backward" if self.direction == "backward" else ""))
+        cudnn = timings.get(peers.BASELINE + ("" if self.direction == "forward" else f"-{self.direction}"))
         row["ratio_to_cudnn"] = cudnn.median / timing.median if cudnn and p.has_output else None
         if p.part == peers.QUANTISATION:
             moved = peers.quantisation_bytes(shape, DTYPE.itemsize, workspace)

@@ -72,10 +72,23 @@ BARS: tuple[Bar, ...] = (
     Bar("hd128-8192", "mma", "relative_l1", 0.020, 0.016),
 )
 
+OF_GRADIENTS: tuple[Bar, ...] = (
+    Bar("hd128-8192", "sm90-backward", "speed", 1.0, 1.35, "cudnn-backward"),
+    Bar("hd128-8192-causal", "sm90-backward", "speed", 1.0, 1.25, "cudnn-backward"),
+    Bar("hd64-8192", "sm90-backward", "speed", 0.95, 1.2, "cudnn-backward"),
+    Bar("hd128-8192", "sm90-both", "speed", 1.15, 1.45, "cudnn-both"),
+    Bar("hd128-8192", "int8-triton-backward", "speed", 1.0, None, "fa2-backward"),
+)
 
-def verdicts(result: dict[str, Any], bars: Sequence[Bar] = BARS) -> list[dict[str, Any]]:
-    """Each bar with what this run says of it: ``value`` and ``verdict``, or "not measured" and ``why``."""
-    rows = {(r["shape"], r["peer"]): r for r in result["rows"] if r["direction"] == "forward"}
+
+def verdicts(result: dict[str, Any], bars: Sequence[Bar] | None = None) -> list[dict[str, Any]]:
+    """Each bar with what this run says of it: ``value`` and ``verdict``, or "not measured" and ``why``.
+
+    Without ``bars``: all, those of gradients where there are any.
+    """
+    if bars is None:
+        bars = BARS + (OF_GRADIENTS if any(p["direction"] != "forward" for p in result["peers"]) else ())
+    rows = {(r["shape"], r["peer"]): r for r in result["rows"]}
     absent = {p["name"]: p["absent"] for p in result["peers"]}
     found = []
     for bar in bars:

@@ -58,10 +58,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# Attention on {result['device']['name']}", "", *_where(result)]
     if result.get("stopped"):
         lines += ["", f"**Stopped early:** {result['stopped']}"]
-    for direction in ("forward", "backward"):
+    for direction, title in (("forward", "Forward"), ("backward", "Backward"), ("both", "Forward and backward")):
         rows = [r for r in result["rows"] if r["direction"] == direction]
         if rows:
-            lines += ["", f"## {direction.capitalize()}: TFLOPS (and times the speed of SDPA cuDNN)", ""]
+            lines += ["", f"## {title}: TFLOPS (and times the speed of SDPA cuDNN)", ""]
             lines += _grid(result, rows, _speed)
     forward = [r for r in result["rows"] if r["direction"] == "forward"]
     for kind, text in result.get("kinds", {}).items():

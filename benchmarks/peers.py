@@ -30,6 +30,7 @@ QUANTISATION = "quantisation alone"
 PLAIN = "no quantisation"
 
 BASELINE = "cudnn"
+DIRECTIONS = ("forward", "backward", "both")
 MASKED_AT_MOST = 8192  # keys of a call with a mask of a byte per score
 
 
@@ -81,6 +82,36 @@ def _sdpa_backward(backend: str) -> Make:
         return call
 
     return make
+
+
+def _sdpa_both(backend: str) -> Make:
+    """A forward pass and its gradient; returns dq."""
+
+    def make(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+
+        def call() -> Tensor:
+            with torch.enable_grad():
+                out = _sdpa(backend)(leaves[0], leaves[1], leaves[2], causal)()
+            return torch.autograd.grad(out, leaves, q)[0]
+
+        return call
+
+    return make
+
+
+def _ours_both(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """A forward pass with quantisation and what it saves, and its gradient; returns dq."""
+    from comfy_sage3.kernels import training
+
+    leaves, scale = tuple(x.detach().requires_grad_() for x in (q, k, v)), _scale(q)
+
+    def call() -> Tensor:
+        with torch.enable_grad():
+            out = training.attend(leaves[0], leaves[1], leaves[2], None, causal, scale, False)[0]
+        return torch.autograd.grad(out, leaves, q)[0]
+
+    return call
 
 
 def _ours_backward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
@@ -225,7 +256,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("int8-triton", "int8-triton, saving", END_TO_END, _triton, _no_triton),
     Peer("quantise", "int8 quantisation", QUANTISATION, _quantise, _no_kernel("mma")),
     *(
-        Peer(f"{name}-backward", f"{label}, backward", PLAIN, _sdpa_backward(backend), absent, direction="backward")
+        Peer(f"{name}-{direction}", f"{label}, {what}", PLAIN, make(backend), absent, direction=direction)
+        for direction, what, make in (("backward", "backward", _sdpa_backward), ("both", "both passes", _sdpa_both))
         for name, label, backend, absent in (
             ("fa2", "SDPA FlashAttention-2", "FLASH_ATTENTION", _no_flash),
             (BASELINE, "SDPA cuDNN", "CUDNN_ATTENTION", _no_cudnn),
@@ -233,18 +265,20 @@ PEERS: tuple[Peer, ...] = (
         )
     ),
     Peer("sm90-backward", "int8-sm90, backward", END_TO_END, _ours_backward, _no_kernel("sm90"), direction="backward"),
+    Peer("sm90-both", "int8-sm90, both passes", END_TO_END, _ours_both, _no_kernel("sm90"), direction="both"),
     Peer("int8-triton-backward", "int8-triton, backward", END_TO_END, _triton_backward, _no_triton, direction="backward"),
 )  # fmt: skip
 
 
 def chosen(names: Sequence[str] | None, backward: bool) -> tuple[Peer, ...]:
-    """The peers of these names (None: all), backward ones only where asked. Raises InputError naming what there is."""
+    """The peers of these names (None: all), with gradients only where asked. Raises InputError naming what there is."""
     known = [p.name for p in PEERS if p.direction == "forward"]
     for name in names or ():
         if name not in known:
             raise InputError(f"Unknown peer {name!r}: choose from {', '.join(known)}.")
     wanted = known if names is None else names
-    return tuple(p for p in PEERS if p.name.removesuffix("-backward") in wanted and (backward or p.direction == "forward"))
+    directions = DIRECTIONS if backward else DIRECTIONS[:1]
+    return tuple(p for p in PEERS if p.name.removesuffix(f"-{p.direction}") in wanted and p.direction in directions)
 
 
 def quantisation_bytes(shape: Shape, element_size: int, workspace_bytes: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from comfy_sage3.errors import InputError
 
-BACKWARD_FLOPS = 2.5  # five products where the forward pass has two
+PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # products of a pass, counted in forward ones
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Shape:
     causal: bool = False
 
     def flops(self, direction: str = "forward") -> float:
-        """4 B H Lq Lk D, half of it when causal, 2.5 times it backward: the convention of the FlashAttention papers."""
+        """4 B H Lq Lk D, half when causal, 2.5 times it backward, 3.5 in both: as the FlashAttention papers count."""
         full = 4.0 * self.batch * self.heads * self.queries * self.keys * self.head_dim
-        return full * (0.5 if self.causal else 1.0) * (BACKWARD_FLOPS if direction == "backward" else 1.0)
+        return full * (0.5 if self.causal else 1.0) * PASSES[direction]
 
     def elements(self) -> int:
         """Of q, k and v together."""

@@ -366,18 +366,21 @@ __device__ __forceinline__ void average(const Chunk<T> (&x)[Layout<T, D>::kTurns
   __syncthreads();
 }
 
-// The part of the log-sum-exp that K's mean made.
+// The part of the log-sum-exp that K's mean made. Where shared memory holds a thread's chunks they are read from there: of
+// those in registers ptxas would keep the floats, which the average needs as well, and spill.
 template <class T, int D>
 __device__ __forceinline__ void write_lse(const Params& p, const Chunk<T> (&x)[Layout<T, D>::kTurns], const float* k_mean,
-                                          float* lse, int real) {
+                                          float* lse, int real, const Shared<T, D>& shared) {
   using L = Layout<T, D>;
+  const int column = threadIdx.x % L::kRowLanes;
   float mean[kChunk];
-  load_floats(mean, k_mean + threadIdx.x % L::kRowLanes * kChunk);
-#pragma unroll
+  load_floats(mean, k_mean + column * kChunk);
+#pragma unroll(L::kPieces == 1 ? 2 : L::kTurns)
   for (int i = 0; i < L::kTurns; ++i) {
+    const Chunk<T> chunk = L::kPieces == 1 ? get<T, D>(shared, threadIdx.x / L::kRowLanes + i * L::kRows, column) : x[i];
     float dot = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) dot = fmaf(x[i][c], mean[c], dot);
+    for (int c = 0; c < kChunk; ++c) dot = fmaf(chunk[c], mean[c], dot);
 #pragma unroll
     for (int step = L::kRowLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kFullWarp, dot, step);
     const int row = threadIdx.x / L::kRowLanes + i * L::kRows;
@@ -398,7 +401,7 @@ __device__ __forceinline__ void quantize_queries(const Params& p, int batch, int
   if constexpr (L::kPieces == 1) put<T, D>(x, shared);
   if (p.call.lse != nullptr) {
     const int64_t kv = int64_t(batch) * shape.kv_heads + head / (shape.heads / shape.kv_heads);
-    write_lse<T, D>(p, x, p.part<const float>(p.at.k_mean) + kv * D, p.call.lse + bh * shape.queries + first, real);
+    write_lse<T, D>(p, x, p.part<const float>(p.at.k_mean) + kv * D, p.call.lse + bh * shape.queries + first, real, shared);
   }
   const float most = thread_max<T, D>(x, real);
   average<T, D>(x, real, shared);
@@ -547,13 +550,8 @@ __device__ __forceinline__ void quantize_values(const Params& p, int batch, int 
 
 // 16-bit numbers: 1024 threads on a multiprocessor, of 64 registers; half as many where shared memory has room for no more.
 // fp32: 512, of 128. Loads one by one take more registers and have no speed to lose.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kNarrowThreads = 512;
-#else
-constexpr int kNarrowThreads = 1024;
-#endif
 template <class T, int D, bool kDense>
-constexpr int kThreadBlocks = kDense ? (sizeof(T) == 2 ? kNarrowThreads : 512) / Layout<T, D>::kThreads : 1;
+constexpr int kThreadBlocks = kDense ? (sizeof(T) == 2 ? 1024 : 512) / Layout<T, D>::kThreads : 1;
 
 // run(how many of a tile's tokens there are): Whole for the tiles that most are.
 template <class T, int D, bool kDense, class Run>
@@ -633,11 +631,7 @@ __device__ __forceinline__ float value_level(double square_sum, int64_t count) {
 template <class T, int D, bool kDense>
 __global__ void __launch_bounds__(kStatisticsThreads, 1) fp4_statistics(const __grid_constant__ Params p) {
   constexpr int kRowLanes = D / kChunk, kRows = kStatisticsThreads / kRowLanes, kTurns = kSamples / kRows;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // ptxas makes more of the same there
-  constexpr int kFitting = kDense ? 8 / int(sizeof(T)) : 1;
-#else
-  constexpr int kFitting = (kDense ? 16 : 8) / int(sizeof(T));  // chunks that registers have room for
-#endif
+  constexpr int kFitting = kDense ? 8 / int(sizeof(T)) : 1;  // chunks that registers have room for
   constexpr int kBatch = kTurns < kFitting ? kTurns : kFitting;
   __shared__ double partial[kStatisticsThreads / 32][D];
   __shared__ float origin_of[D];

@@ -19,11 +19,9 @@ using nvfp4::kTile;
 constexpr int kThreads = 128;
 constexpr int kJobs = 64;      // query tiles of a block
 constexpr int kChannels = 32;  // at a time
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocks = 3;  // of a multiprocessor; with four ptxas spills there
-#else
-constexpr int kBlocks = 4;
-#endif
+// Blocks of a multiprocessor. Loads one by one take more registers and have no speed to lose.
+template <bool kDense>
+constexpr int kBlocks = kDense ? 4 : 2;
 
 struct Params {
   Fp4Correct call;
@@ -38,20 +36,21 @@ struct Params {
   }
 };
 
-// The query tiles that share a head of K, in the order of their jobs, so that those of a chunk follow each other.
+// The query tiles that share a head of K, in the order of their jobs, so that those of a chunk follow each other. There are
+// fewer than 2^31 jobs: fp4_quantize refuses more.
 struct SharedJobs {
-  int64_t first_head, heads, all_heads, query_tiles;
+  int first_head, heads, all_heads, query_tiles;
   bool causal;
 
-  SAGE3_HD int64_t job(int64_t i) const {
+  SAGE3_HD int job(int i) const {
     return causal ? i / heads * all_heads + first_head + i % heads : first_head * query_tiles + i;
   }
 
   // How many of them are jobs below `end`.
-  SAGE3_HD int64_t below(int64_t end) const {
-    const int64_t all = heads * query_tiles;
-    const int64_t rest = end % all_heads - first_head;  // of the last, partial row of jobs
-    const int64_t count =
+  SAGE3_HD int below(int end) const {
+    const int all = heads * query_tiles;
+    const int rest = end % all_heads - first_head;  // of the last, partial row of jobs
+    const int count =
         causal ? end / all_heads * heads + (rest < 0 ? 0 : rest < heads ? rest : heads) : end - first_head * query_tiles;
     return count < 0 ? 0 : count < all ? count : all;
   }
@@ -61,8 +60,9 @@ struct SharedJobs {
 // column of channels meets no bank twice.
 struct Shared {
   float4 queries[kChannels][kJobs / 4], keys[kChannels][kTile / 4];
-  float factor[kJobs];     // of q_mean
-  int64_t mean_of[kJobs];  // number of the query tile among all
+  float factor[kJobs];  // of q_mean
+  int mean_of[kJobs];   // number of the query tile among all
+  int row_of[kJobs];    // of delta
 };
 
 __device__ __forceinline__ float& query_at(Shared& shared, int channel, int job) {
@@ -72,16 +72,20 @@ __device__ __forceinline__ float& key_at(Shared& shared, int channel, int token)
   return reinterpret_cast<float*>(shared.keys[channel])[token ^ (channel / 8 * 8)];
 }
 
+// x in a register of its own: ptxas sees a product (blockDim.y is 1). Each pair of sums is stored twice side by side, and
+// ptxas would keep it in such a group of four registers through the loop, whose other two it then lacks.
+__device__ __forceinline__ float copied(float x) { return __uint_as_float(__float_as_uint(x) * blockDim.y); }
+
 template <class T, bool kDense>
-__global__ void __launch_bounds__(kThreads, kBlocks) fp4_correct_tiles(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kDense>) fp4_correct_tiles(const __grid_constant__ Params p) {
   __shared__ Shared shared;
   const nvfp4::Shape& shape = p.call.shape;
-  const int part = blockIdx.x % p.parts, tile = blockIdx.x / p.parts % p.at.key_tiles;
-  const int kv = p.first_head + blockIdx.x / p.parts / p.at.key_tiles;
+  const unsigned key_tiles = p.at.key_tiles, of_head = blockIdx.x / p.parts;
+  const int part = blockIdx.x % p.parts, tile = of_head % key_tiles, kv = p.first_head + of_head / key_tiles;
   const int group = shape.heads / shape.kv_heads;
-  const SharedJobs mine{int64_t(kv) * group, group, int64_t(shape.batch) * shape.heads, p.at.query_tiles, p.call.causal};
-  const int64_t first = mine.below(p.call.first_job) + int64_t(part) * kJobs;
-  const int count = static_cast<int>(min(mine.below(p.call.first_job + p.call.jobs) - first, int64_t(kJobs)));
+  const SharedJobs mine{kv * group, group, shape.batch * shape.heads, int(p.at.query_tiles), p.call.causal};
+  const int first_job = p.call.first_job, first = mine.below(first_job) + part * kJobs;
+  const int count = min(mine.below(first_job + int(p.call.jobs)) - first, kJobs);
   if (count <= 0) return;
   const auto job_of = [&](int i) {
     return nvfp4::Job(mine.job(first + i), p.at.query_tiles, mine.all_heads, p.call.causal);
@@ -89,48 +93,60 @@ __global__ void __launch_bounds__(kThreads, kBlocks) fp4_correct_tiles(const __g
   if (p.call.causal && tile > job_of(0).tile) return;  // the others come before it
 
   if (threadIdx.x < kJobs) {
-    const nvfp4::Job job = job_of(min(int(threadIdx.x), count - 1));
-    const int64_t at = job.head * p.at.query_tiles + job.tile, record = nvfp4::query_record(p.d);
-    const auto* const level = p.part<float>(p.at.queries + (at + 1) * record - nvfp4::kLevelBytes);
+    const int i = min(int(threadIdx.x), count - 1);
+    const nvfp4::Job job = job_of(i);
+    const int at = job.head * mine.query_tiles + job.tile, record = nvfp4::query_record(p.d);
+    const auto* const level = p.part<float>(p.at.queries + int64_t(at + 1) * record - nvfp4::kLevelBytes);
     shared.factor[threadIdx.x] = copysignf(1.0f, p.call.scale) / *level;
-    shared.mean_of[threadIdx.x] = at;
+    shared.mean_of[threadIdx.x] = at, shared.row_of[threadIdx.x] = mine.job(first + i) - first_job;
   }
   const int64_t key_record = nvfp4::key_record(p.d), at_tile = int64_t(kv) * p.at.key_tiles + tile;
   const float key_factor = 1.0f / *p.part<float>(p.at.keys + (at_tile + 1) * key_record - nvfp4::kLevelBytes);
-  const HeadRows<T, kDense> rows(p.call.k, kv / shape.kv_heads, kv % shape.kv_heads, shape.head_dim);
-  const float* const k_mean = p.part<float>(p.at.k_mean) + int64_t(kv) * p.d;
-  const float* const q_mean = p.part<float>(p.at.q_mean);
+  // Reading keys: four threads a token and every 32nd one after it. Query tiles: eight threads a job and every 16th.
+  constexpr int kChunks = kChannels / kChunk, kRows = kThreads / kChunks, kTurns = kTile / kRows;
+  constexpr int kFours = kChannels / 4, kQueryRows = kThreads / kFours, kQueryTurns = kJobs / kQueryRows;
+  const int column = threadIdx.x % kChunks * kChunk, token = tile * kTile + threadIdx.x / kChunks;
+  const int channel = threadIdx.x % kFours * 4, job = threadIdx.x / kFours;
+  HeadRows<T, kDense> rows(p.call.k, kv / shape.kv_heads, kv % shape.kv_heads, shape.head_dim);
+  rows.data += int64_t(token) * rows.token_bytes;
+  const float* const k_mean = p.part<float>(p.at.k_mean) + int64_t(kv) * p.d + column;
+  const char* q_mean = p.part<char>(p.at.q_mean + 4 * channel);
+  float* const keys = &key_at(shared, column, threadIdx.x / kChunks);
 
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;  // tokens 4x.. and 64 + 4x.., jobs 8y..
   float sum[8][8] = {};                                  // [job][token]
 #pragma unroll 1
   for (int slab = 0; slab < p.d; slab += kChannels) {
     __syncthreads();
-    constexpr int kChunks = kChannels / kChunk, kTurns = kTile * kChunks / kThreads;
-    const int column = threadIdx.x % kChunks * kChunk;
     Chunk<T> k[kTurns];
 #pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      const int token = tile * kTile + threadIdx.x / kChunks + i * (kThreads / kChunks);
-      k[i] = rows.load(token, slab + column, token < shape.keys);
-    }
-    constexpr int kFours = kChannels / 4, kQueryTurns = kJobs * kFours / kThreads;
+    for (int i = 0; i < kTurns; ++i) k[i] = rows.load(i * kRows, column, token + i * kRows < shape.keys);
+    // Moved on, for ptxas would keep an address for every row.
+    rows.data += kChannels * (kDense ? int64_t(sizeof(T)) : rows.channel_bytes), rows.head_dim -= kChannels;
+    float4 query[kQueryTurns];
 #pragma unroll
     for (int i = 0; i < kQueryTurns; ++i) {
-      const int job = threadIdx.x / kFours + i * (kThreads / kFours), channel = threadIdx.x % kFours * 4;
-      const float4 mean = *reinterpret_cast<const float4*>(q_mean + shared.mean_of[job] * p.d + slab + channel);
-      const float factor = shared.factor[job];
-      query_at(shared, channel, job) = mean.x * factor, query_at(shared, channel + 1, job) = mean.y * factor;
-      query_at(shared, channel + 2, job) = mean.z * factor, query_at(shared, channel + 3, job) = mean.w * factor;
+      query[i] = *reinterpret_cast<const float4*>(q_mean + int64_t(shared.mean_of[job + i * kQueryRows]) * (4 * p.d));
+    }
+    q_mean += kChannels * 4;
+#pragma unroll
+    for (int i = 0; i < kQueryTurns; ++i) {
+      const float factor = shared.factor[job + i * kQueryRows];
+      float* const to = &query_at(shared, channel, job + i * kQueryRows);
+      to[0] = query[i].x * factor, to[kJobs] = query[i].y * factor;
+      to[2 * kJobs] = query[i].z * factor, to[3 * kJobs] = query[i].w * factor;
     }
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      const float mean = k_mean[slab + column + c];
+    for (int c = 0; c < kChunk; c += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(k_mean + slab + c);
+      const float mean[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < kTurns; ++i) {
-        const int token = threadIdx.x / kChunks + i * (kThreads / kChunks);
-        const bool there = tile * kTile + token < shape.keys;
-        key_at(shared, column + c, token) = there ? (k[i][c] - mean) * key_factor : 0.0f;
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+          const bool there = token + i * kRows < shape.keys;
+          keys[(c + n) * kTile + i * kRows] = there ? (k[i][c + n] - mean[n]) * key_factor : 0.0f;
+        }
       }
     }
     __syncthreads();
@@ -158,11 +174,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) fp4_correct_tiles(const __g
   for (int i = 0; i < 8; ++i) {
     const int n = 8 * y + i;
     if (n >= count) break;
-    const int64_t local = mine.job(first + n) - p.call.first_job;
-    float* const to = delta + (local * p.at.key_tiles + tile) * nvfp4::kDeltaFloats;
+    float* const to = delta + (int64_t(shared.row_of[n]) * key_tiles + tile) * nvfp4::kDeltaFloats;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const float d0 = sum[i][2 * pair], d1 = sum[i][2 * pair + 1];
+      const float d0 = copied(sum[i][2 * pair]), d1 = copied(sum[i][2 * pair + 1]);
       const int token = pair / 2 * 64 + 4 * x + pair % 2 * 2;
       *reinterpret_cast<float4*>(to + nvfp4::delta_offset(token)) = make_float4(d0, d1, d0, d1);
     }

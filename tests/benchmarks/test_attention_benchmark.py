@@ -25,6 +25,7 @@ def test_flops_count_two_products_half_when_causal_and_five_halves_backward():
     assert full.flops() == 2 * (2 * 2 * 3 * 5 * 7 * 16)
     assert causal.flops() == 2 * 3 * 5 * 5 * 16 * 2
     assert full.flops("backward") == 2.5 * full.flops()
+    assert full.flops("both") == full.flops() + full.flops("backward")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_the_hopper_kernel_is_absent_on_another_gpu(monkeypatch):
 
 def test_peers_are_chosen_by_name_and_backward_ones_on_request():
     assert [p.name for p in peers.chosen(["cudnn", "sm90"], False)] == ["cudnn", "sm90"]
-    assert [p.name for p in peers.chosen(["cudnn"], True)] == ["cudnn", "cudnn-backward"]
+    assert [p.name for p in peers.chosen(["cudnn"], True)] == ["cudnn", "cudnn-backward", "cudnn-both"]
     assert all(p.direction == "forward" for p in peers.chosen(None, False))
     with pytest.raises(InputError, match="comfy-kitchen"):
         peers.chosen(["flash"], False)
@@ -408,7 +409,11 @@ def test_a_whole_run_on_the_cpu_with_peers_that_work_refuse_and_fail(monkeypatch
         peers.Peer("fa2", "away", peers.PLAIN, exact, lambda: "is not at home"),
         peers.Peer("comfy-kitchen", "picky", peers.END_TO_END, exact, works, peers._not_causal),
         peers.Peer("cudnn-backward", "plain back", peers.PLAIN, peers._sdpa_backward("MATH"), works, direction="backward"),
+        peers.Peer("cudnn-both", "plain step", peers.PLAIN, peers._sdpa_both("MATH"), works, direction="both"),
+        peers.Peer("sm90-both", "our step", peers.END_TO_END, peers._sdpa_both("MATH"), works, direction="both"),
     )
+    both = Bar("hd128-8192-causal", "sm90-both", "speed", 0.0, None, "cudnn-both")
+    monkeypatch.setattr(bars, "OF_GRADIENTS", (both,))
     small = shapes.Shape("hd128-8192-causal", "square", 2, 6, 96, 96, 32, causal=True)
     monkeypatch.setattr(peers, "PEERS", made)
     monkeypatch.setattr(shapes, "SHAPES", (small,))
@@ -416,12 +421,16 @@ def test_a_whole_run_on_the_cpu_with_peers_that_work_refuse_and_fail(monkeypatch
     assert attention.main(["--backward", "--seconds", "0.01", "--out", str(out)]) == 0
     result = page.read(out)
     rows = {r["peer"]: r for r in result["rows"]}
-    assert set(rows) == {"cudnn", "sm90", "quantise", "mma", "comfy-kitchen", "cudnn-backward"}
+    assert set(rows) == {"cudnn", "sm90", "quantise", "mma", "comfy-kitchen", "cudnn-backward", "cudnn-both", "sm90-both"}
     for name in ("cudnn", "sm90"):
         assert set(rows[name]["error"]) == set(measure.KINDS)
         assert all(e["relative_l1"] < 0.01 for e in rows[name]["error"].values())  # bf16 against fp64
         assert rows[name]["tflops"] == pytest.approx(small.flops() / rows[name]["ms"]["median"] / 1e9)
-    assert rows["cudnn-backward"]["error"]["normal"]["relative_l1"] < 0.02
+    for name in ("cudnn-backward", "cudnn-both", "sm90-both"):
+        assert rows[name]["error"]["normal"]["relative_l1"] < 0.02
+    ratio = rows["cudnn-both"]["ms"]["median"] / rows["sm90-both"]["ms"]["median"]
+    assert rows["sm90-both"]["ratio_to_cudnn"] == pytest.approx(ratio)
+    assert {v["peer"]: v["value"] for v in result["verdicts"]}["sm90-both"] == pytest.approx(ratio)
     assert rows["quantise"]["bytes"] == small.elements() * 2 + 1000
     assert rows["mma"]["missing"] == "RuntimeError: out of luck"
     assert rows["comfy-kitchen"]["missing"] == "its int8_attention has no causal mode"

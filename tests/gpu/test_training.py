@@ -82,6 +82,11 @@ def test_a_training_step_keeps_half_of_what_flash_attention_keeps(place):
     assert ours < kept(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
 
 
+def learnt(losses):
+    """The step at which a tenth of the loss is left."""
+    return next(i for i, x in enumerate(losses) if x < 0.1 * losses[0])
+
+
 @pytest.mark.parametrize("learning_rate", [0.01, 0.1])
 def test_two_thousand_steps_without_a_number_that_is_not_finite(place, learning_rate):
     """At a rate that learns, and at one at which exact training leaps about and is finite."""
@@ -92,9 +97,10 @@ def test_two_thousand_steps_without_a_number_that_is_not_finite(place, learning_
     sixteen = train(plain, 2000, learning_rate, "cuda")
     assert all(math.isfinite(x) for x in sixteen), "the rate is too high for exact attention, which was not to be"
     if learning_rate == 0.01:
+        # Later bursts of the loss come by chance: over eight seeds its sum is 82 to 142 in 8 bits and in 32.
         for losses in (eight, sixteen):
             assert sum(losses[-500:]) / 500 < 0.1 * losses[0]
-        assert sum(eight) < 1.1 * sum(sixteen)  # (on an H100 it was 0.86 of it)
+        assert learnt(eight) < 1.1 * learnt(sixteen)
 
 
 def test_two_thousand_steps_in_half_precision_under_autocast(place):
