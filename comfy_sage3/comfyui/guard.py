@@ -113,8 +113,9 @@ def agreement(call: HookCall, out: Tensor) -> tuple[bool, float]:
     heads, rows = _spread(q.shape[1], HEADS), _spread(q.shape[2], ROWS)
     of_kv = _spread(k.shape[1], HEADS)  # of the first and the last head of q; where there is one, for both
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+    keys, values = (x[0, of_kv].expand(q[0, heads].shape[0], -1, -1) for x in (k, v))
     # Plain products: PyTorch's attention would walk over all keys with one block for these few rows.
-    scores = (q[0, heads, rows].float() * scale) @ k[0, of_kv].float().transpose(1, 2)
+    scores = _wide_product(q[0, heads, rows], keys.transpose(1, 2)) * scale
     if call.mask is None:
         weights = scores.softmax(2)
     else:
@@ -123,8 +124,7 @@ def agreement(call: HookCall, out: Tensor) -> tuple[bool, float]:
         mask = mask if mask.shape[1] == 1 else mask[:, rows]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
         weights = scores.softmax(2).nan_to_num()  # NaN: rows that attend nothing
-    values = v[0, of_kv].expand(weights.shape[0], -1, -1)
-    want = torch.stack([_split_product(w, x) for w, x in zip(weights, values, strict=True)])
+    want = torch.stack([_split_product(w, x) for w, x in zip(weights.to(v.dtype), values, strict=True)])
     both = torch.stack([want, got[0, heads, rows].float()]).flatten(1)
     total = out.sum(dtype=torch.float32)  # not finite if any number is not, or if it is too large
     wanted, product, _, had, all_of = torch.cat([(both @ both.T).flatten(), total.unsqueeze(0)]).tolist()
@@ -133,15 +133,26 @@ def agreement(call: HookCall, out: Tensor) -> tuple[bool, float]:
     return math.isfinite(all_of) or bool(torch.isfinite(out).all()), cosine
 
 
-def _split_product(weights: Tensor, v: Tensor, pieces: int = 64) -> Tensor:
-    """weights (R, L) @ v (L, D) in v's dtype, summed in fp32, with many blocks at work on the long sum over few rows."""
-    weights = weights.to(v.dtype)
-    whole = v.shape[0] // pieces * pieces
-    rest = (weights[:, whole:] @ v[whole:]).float()
-    if whole == 0:
-        return rest
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32; on a GPU and with a recent PyTorch without a copy of what is in 16 bits."""
+    if a.is_cuda and a.dtype != torch.float32:
+        try:
+            return torch.bmm(a, b, out_dtype=torch.float32)
+        except (TypeError, RuntimeError):  # PyTorch before 2.8; a device that lacks it
+            pass
+    return a.float() @ b.float()
+
+
+def _split_product(weights: Tensor, v: Tensor) -> Tensor:
+    """weights (R, L) @ v (L, D) of one dtype, summed in fp32, with many blocks at work on the long sum over few rows."""
+    keys = v.shape[0]
+    if keys < 64:
+        return (weights @ v).float()
+    left, pieces = next((left, n) for left in range(64) for n in range(64, 16, -1) if (keys - left) % n == 0)
+    whole = keys - left
     split = weights[:, :whole].unflatten(1, (pieces, -1)).transpose(0, 1)
-    return (split @ v[:whole].unflatten(0, (pieces, -1))).sum(0, dtype=torch.float32) + rest
+    total = (split @ v[:whole].unflatten(0, (pieces, -1))).sum(0, dtype=torch.float32)
+    return total + weights[:, whole:] @ v[whole:] if left else total
 
 
 def _spread(size: int, count: int) -> slice:

@@ -163,7 +163,7 @@ def test_agreement_of_exact_attention_with_itself(mask, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (4, 2), (5, 5)])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 5), (16, 64), (33, 200)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 5), (16, 64), (33, 200), (40, 211)])
 def test_agreement_looks_at_the_keys_and_values_of_its_heads(queries, keys, heads, kv_heads, dtype):
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, heads, queries, 64, generator=g).to(dtype)
