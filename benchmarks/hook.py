@@ -1,6 +1,6 @@
 """What the ComfyUI hook costs: the guard, the counting and the timing, against the same attention called without them.
 
-    python benchmarks/hook.py --out benchmarks/results/hook-h200.json
+    python benchmarks/hook.py --out benchmarks/results/hook-h100.json
 
 "sampling" is a stand-in for Wan 2.1 1.3B at 480p: 30 layers, each with self-attention over 32,760 tokens (12 heads of
 128), its projections and the two products of the MLP; no attention to the text, no VAE; 4 steps, as distilled models have.
