@@ -58,7 +58,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# Attention on {result['device']['name']}", "", *_where(result)]
     if result.get("stopped"):
         lines += ["", f"**Stopped early:** {result['stopped']}"]
-    for direction, title in (("forward", "Forward"), ("backward", "Backward"), ("both", "Forward and backward")):
+    for direction, title in DIRECTIONS:
         rows = [r for r in result["rows"] if r["direction"] == direction]
         if rows:
             lines += ["", f"## {title}: TFLOPS (and times the speed of SDPA cuDNN)", ""]
@@ -173,43 +173,55 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ plot
+DIRECTIONS = (("forward", "Forward"), ("backward", "Backward"), ("both", "Forward and backward"))
 COLOURS = ("#9aa3b0", "#5b6472", "#c9b458", "#d1792f", "#0b62d6", "#6cb0ff", "#12805c", "#78c7a5", "#8e5bd0", "#c9a4ec")
 
 
 def plot(result: dict[str, Any]) -> bytes | None:
-    """TFLOPS of the forward pass, a group of bars per shape, as PNG; None without matplotlib or without a figure."""
+    """TFLOPS as PNG, a panel for each direction, a group of bars per shape; None without matplotlib or without a figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    rows = [r for r in result["rows"] if r["direction"] == "forward" and r.get("tflops") and r["peer"] != "sm90-mask"]
-    if not rows:
+    timed = [r for r in result["rows"] if r.get("tflops") and r["peer"] != "sm90-mask"]
+    panels = [(title, mine) for d, title in DIRECTIONS if (mine := [r for r in timed if r["direction"] == d])]
+    if not panels:
         return None
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    peers = [p["name"] for p in result["peers"] if any(r["peer"] == p["name"] for r in rows)]
-    by = {(r["shape"], r["peer"]): r for r in rows}
-    figure = Figure(figsize=(8.5, 1.4 + 0.17 * len(shapes) * (len(peers) + 1.5)), dpi=120, layout="constrained")
+    names = list(dict.fromkeys(_same(r) for _, rows in panels for r in rows))  # of a peer in any direction
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    sizes = [len({r["shape"] for r in rows}) * (len({r["peer"] for r in rows}) + 1.5) for _, rows in panels]
+    figure = Figure(figsize=(8.5, 1.0 + 0.4 * len(panels) + 0.17 * sum(sizes)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    step = 0.86 / len(peers)
-    for i, peer in enumerate(peers):
-        mine = [(n, by[s, peer]) for n, s in enumerate(shapes) if (s, peer) in by]
-        at = [n - 0.43 + (i + 0.5) * step for n, _ in mine]
-        alone = peer.endswith("-kernel")
-        axes.barh(at, [r["tflops"] for _, r in mine], step * 0.94, color=COLOURS[i % len(COLOURS)],
-                  label=_label(result, peer), hatch="///" if alone else None, edgecolor="white", linewidth=0.3)  # fmt: skip
-        for y, (_, row) in zip(at, mine, strict=True):
-            axes.text(row["tflops"], y, f" {row['tflops']:.0f}", va="center", fontsize=6)
-    axes.set_yticks(range(len(shapes)), shapes, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOPS, forward; more is faster")
-    axes.set_title(f"Attention on {result['device']['name']}", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, (title, rows) in zip(all_axes, panels, strict=True):
+        shapes = list(dict.fromkeys(r["shape"] for r in rows))
+        peers = [p["name"] for p in result["peers"] if any(r["peer"] == p["name"] for r in rows)]
+        by = {(r["shape"], r["peer"]): r for r in rows}
+        step = 0.86 / len(peers)
+        for i, peer in enumerate(peers):
+            mine = [(n, by[s, peer]) for n, s in enumerate(shapes) if (s, peer) in by]
+            at = [n - 0.43 + (i + 0.5) * step for n, _ in mine]
+            name = _same(mine[0][1])
+            axes.barh(at, [r["tflops"] for _, r in mine], step * 0.94, color=colours[name], edgecolor="white", linewidth=0.3,
+                      label=_label(result, name), hatch="///" if name.endswith("-kernel") else None)  # fmt: skip
+            for y, (_, row) in zip(at, mine, strict=True):
+                axes.text(row["tflops"], y, f" {row['tflops']:.0f}", va="center", fontsize=6)
+        axes.set_yticks(range(len(shapes)), shapes, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"TFLOPS, {title.lower()}; more is faster", fontsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+    all_axes[0].set_title(f"Attention on {result['device']['name']}", fontsize=10)
+    shown = {label: bar for axes in all_axes for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _same(row: dict[str, Any]) -> str:
+    """The name that a peer has forward: "sm90" for "sm90-backward"."""
+    return str(row["peer"]).removesuffix(f"-{row['direction']}")
