@@ -1,7 +1,8 @@
 """``python -m comfy_sage3 numerics --training``: how near the 8-bit gradient is to the exact one, as tables.
 
 Inputs are N(0,1), head dim 128, with Q and K times sigma: scores then have a standard deviation of sigma squared. Errors are
-against fp64. The rows follow arXiv 2505.11594 (tables 1c and 6) and the sweep over sigma of arXiv 2603.02170.
+against fp64. The rows follow arXiv 2505.11594 (tables 1c and 6) and the sweep over sigma of arXiv 2603.02170. A third table
+has an attention sink: one key that takes half of every query's weight, with a small value, as language models have.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ METHODS = (
     ("paper, FP8 for INT8", Int8Options(products="fp8")),
 )
 SWEPT = tuple(m for m in METHODS if m[0] in ("ours", "paper (P V in FP8)"))  # over sigma
+SUNK = tuple(m for m in METHODS if m[0] in ("ours", "INT8, a scale a row", "paper (P V in INT8)"))  # with a sink
 OF_FORWARD = ("ours", "paper (P V in FP8)", "paper (P V in INT8)")  # methods whose forward passes differ
 NAMES = ("O", "dQ", "dK", "dV")
 
@@ -38,6 +40,17 @@ def inputs(seed: int, tokens: int, sigma: float = 1.0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     q, k, v, dout = (torch.randn(1, 1, tokens, HEAD_DIM, generator=generator) for _ in range(4))
     return q * sigma, k * sigma, v, dout
+
+
+def with_sink(x: Inputs, weight: float = 0.5) -> Inputs:
+    """The same, but that the first key takes about ``weight`` of each query's, and has a twentieth of its value."""
+    q, k, v, dout = (t.clone() for t in x)
+    q[..., 0], k[..., 0] = 8.0, 0.0  # a channel that only the sink answers to
+    rest = (q[..., 1:] @ k[..., 1:, 1:].mT * HEAD_DIM**-0.5).exp().sum(-1).mean()
+    k[..., 0, :] = 0.0
+    k[..., 0, 0] = (rest * weight / (1.0 - weight)).log() / (8.0 * HEAD_DIM**-0.5)
+    v[..., 0, :] *= 0.05
+    return q, k, v, dout
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +69,7 @@ def computed(x: Inputs, options: Int8Options) -> tuple[Tensor, ...]:
 
 
 def tables(seeds: int, tokens: int, sigmas: Sequence[float] = SIGMAS) -> list[Table]:
-    """The output's and the gradients' errors of each method, and dQ's and dK's over sigma."""
+    """The output's and the gradients' errors of each method, dQ's and dK's over sigma, and the gradients' with a sink."""
     errors: dict[str, list[dict[str, float]]] = {}
 
     def note(x: Inputs, wanted: tuple[Tensor, ...], methods: Sequence[tuple[str, Int8Options]], label: str) -> None:
@@ -70,15 +83,24 @@ def tables(seeds: int, tokens: int, sigmas: Sequence[float] = SIGMAS) -> list[Ta
         for sigma in sigmas:
             x = inputs(seed, tokens, sigma)
             note(x, exact(*x), SWEPT, f"{{name}}, sigma {sigma:g}, {{method}}")
+        x = with_sink(inputs(seed, tokens))
+        wanted = exact(*x)
+        for method, options in SUNK:
+            for name, got, want in zip(NAMES[1:], computed(x, options)[1:], wanted[1:], strict=True):
+                # Without the sink's own gradient, which outweighs all other keys'.
+                got, want = (t if name == "dQ" else t[:, :, 1:] for t in (got, want))
+                errors.setdefault(f"{name}, sink, {method}", []).append(attention_error(got, want))
 
     def rows(labels: Sequence[str]) -> tuple[Row, ...]:
         return tuple(average(label, errors[label]) for label in labels)
 
     main = [f"{name}, {method}" for name in NAMES for method, _ in METHODS if name != "O" or method in OF_FORWARD]
     sweep = [f"{name}, sigma {sigma:g}, {method}" for name in ("dQ", "dK") for sigma in sigmas for method, _ in SWEPT]
+    sunk = [f"{name}, sink, {method}" for name in NAMES[1:] for method, _ in SUNK]
     return [
         Table("training", f"8-bit training, N(0,1), {tokens} tokens", rows(main)),
         Table("sigma", f"Q and K times sigma, {tokens} tokens", rows(sweep)),
+        Table("sink", f"A sink with half of the weight, {tokens} tokens; dK and dV of the others", rows(sunk)),
     ]
 
 

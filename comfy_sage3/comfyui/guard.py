@@ -124,7 +124,8 @@ def agreement(call: HookCall, out: Tensor) -> tuple[bool, float]:
         mask = mask if mask.shape[1] == 1 else mask[:, rows]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
         weights = scores.softmax(2).nan_to_num()  # NaN: rows that attend nothing
-    want = torch.stack([_split_product(w, x) for w, x in zip(weights.to(v.dtype), values, strict=True)])
+    kind = torch.float32 if v.dtype == torch.float32 else torch.bfloat16  # sums of small numbers leave fp16
+    want = torch.stack([_split_product(w, x.to(kind)) for w, x in zip(weights.to(kind), values, strict=True)])
     both = torch.stack([want, got[0, heads, rows].float()]).flatten(1)
     total = out.sum(dtype=torch.float32)  # not finite if any number is not, or if it is too large
     wanted, product, _, had, all_of = torch.cat([(both @ both.T).flatten(), total.unsqueeze(0)]).tolist()

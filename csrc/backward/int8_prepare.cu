@@ -132,9 +132,10 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
   const int64_t kv = blockIdx.x, group = shape.heads / shape.kv_heads, tiles = shape.query_tiles(), rows = tiles * kQueryTile;
   const int64_t batch = kv / shape.kv_heads, first = batch * shape.heads + (kv - batch * shape.kv_heads) * group;
   __shared__ int most_q, most_k, most_v[D / 32];  // bits of floats that are not negative
+  __shared__ int varied[D / 32];
   __shared__ float square[D];
   if (threadIdx.x == 0) most_q = most_k = 0;
-  if (threadIdx.x < D / 32) most_v[threadIdx.x] = 0;
+  if (threadIdx.x < D / 32) most_v[threadIdx.x] = varied[threadIdx.x] = 0;
   __syncthreads();
   float most = 0.0f;
   for (int64_t head = first; head < first + group; ++head) {
@@ -155,10 +156,16 @@ __global__ void __launch_bounds__(kLevelThreads) int8_grad_levels(const __grid_c
   }
 #pragma unroll
   for (int c = 0; c < kGroups; ++c) atomicMax(&most_v[c], __float_as_int(largest[c]));
+  float norm = 1.0f;
+  if (threadIdx.x < D) {
+    norm = p.saved<float>(p.from.v_norm)[kv * D + threadIdx.x];
+    if (norm != 1.0f) varied[threadIdx.x / 32] = 1;
+  }
   __syncthreads();
-  if (threadIdx.x < D) {  // the farthest that a value lies from its channel's mean; a norm of 1 is that of a constant
-    const float norm = p.saved<float>(p.from.v_norm)[kv * D + threadIdx.x];
-    square[threadIdx.x] = norm == 1.0f ? 0.0f : 127.0f * __int_as_float(most_v[threadIdx.x / 32]) * norm;
+  if (threadIdx.x < D) {  // the farthest that a value lies from its channel's mean
+    // A norm of 1 is that of a constant, unless it is all 32 channels' and there are codes: then they vary by just that.
+    const bool constant = norm == 1.0f && varied[threadIdx.x / 32] != 0;
+    square[threadIdx.x] = constant ? 0.0f : 127.0f * __int_as_float(most_v[threadIdx.x / 32]) * norm;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -317,7 +324,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     }
     float dlse = 0.0f;
     if (token < shape.queries && p.call.dlse != nullptr) dlse = p.call.dlse[row];  // dS = P (dP - delta + dlse)
-    const float a = power_below(max_nan(top, fabsf(dlse) * level.value));
+    const float reach = max_nan(top, fabsf(dlse) * level.value), a = power_below(reach);
     // An infinity becomes NaN: e4m3 has none, and what scales a loss must see it in dV too.
     inverse[threadIdx.x] = top < -kNegativeInfinity ? inverse_of_power(a) : __int_as_float(0x7fffffff);
     if (token < shape.queries) {
@@ -335,7 +342,8 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     }
     block.q_scale[threadIdx.x] = scale, block.shift[threadIdx.x] = shift;
     block.row[threadIdx.x] = static_cast<unsigned short>(own), block.sum[threadIdx.x] = static_cast<signed char>(fits);
-    block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * level.value;
+    const float unit = reach < -kNegativeInfinity ? level.value : __int_as_float(0x7fffffff);  // of dlse alone: not in dV
+    block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * unit;
   }
   __syncthreads();
 

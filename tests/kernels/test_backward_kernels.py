@@ -274,6 +274,28 @@ def test_a_number_that_is_none_spoils_its_row_and_is_seen(host):
     assert dq[0, 0, :64].isfinite().all()
 
 
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_an_lse_gradient_that_is_no_number_is_seen_and_leaves_the_values_alone(host, number):
+    q, k, v, dout = (normal(1, 1, 128, 64, seed=seed) for seed in range(4))
+    dlse = normal(1, 1, 128, 1, seed=5)[..., 0].contiguous()
+    dlse[0, 0, 70] = number
+    (dq, dk, dv), (_, _, want) = gradients(host, q, k, v, dout, dlse=dlse)
+    assert not dq[0, 0, 70].isfinite().any()
+    assert not dk.isfinite().all()
+    assert dq[0, 0, :64].isfinite().all()
+    assert cosine(dv, want) > LEAST["dv"]
+
+
+def test_values_that_are_signs_are_no_constants(host):
+    """A norm of exactly 1 is a constant channel's mark, and theirs."""
+    q, k, dout = (normal(1, 1, 128, 64, seed=seed) for seed in range(3))
+    v = torch.tensor([[1.0]])
+    while v.shape[0] < 128:
+        v = torch.cat([torch.cat([v, v], 1), torch.cat([v, -v], 1)])
+    v = v[:, 1:65].contiguous()[None, None]  # rows of a Hadamard matrix: each channel's mean is 0, its norm 1
+    check(*gradients(host, q, k, v, dout.sign()))
+
+
 def test_the_order_of_the_sums_does_not_depend_on_deterministic_where_blocks_come_in_turn(host):
     """Blocks run one after the other here, so both variants must give the same bits for causal calls."""
     q, k, v, dout = (normal(1, 1, 200, 64, seed=seed) for seed in range(4))

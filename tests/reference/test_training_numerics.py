@@ -70,6 +70,13 @@ def test_the_documented_sweep_is_nowhere_below_the_papers_method_nor_from_sigma_
         assert found["dQ", sigma, "ours"] >= theirs, sigma
 
 
+def test_with_a_sink_a_scale_a_row_loses_nothing_of_the_other_keys_and_ours_does(rows):
+    for name in ("dK", "dV"):
+        assert rows[f"{name}, sink, INT8, a scale a row"].cosine > 0.999
+        assert 0.9 < rows[f"{name}, sink, ours"].cosine < rows[f"{name}, sink, INT8, a scale a row"].cosine
+    assert 0.95 < rows["dQ, sink, ours"].cosine < rows["dQ, sink, INT8, a scale a row"].cosine
+
+
 @pytest.mark.parametrize("form", ["row", "query"])
 def test_unquantised_it_is_the_exact_gradient(form):
     """The algebra of our forms is that of the block form, which is checked against autograd."""
@@ -79,11 +86,12 @@ def test_unquantised_it_is_the_exact_gradient(form):
         torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_the_command_prints_both_tables(capsys):
+def test_the_command_prints_the_tables(capsys):
     assert main(["numerics", "--training", "--seeds", "1", "--tokens", "64"]) == 0
     printed = capsys.readouterr().out
     assert "| dK, ours |" in printed
     assert "| dQ, sigma 10, paper (P V in FP8) |" in printed
+    assert "| dK, sink, ours |" in printed
 
 
 def test_bad_choices_are_one_sentence(capsys):
