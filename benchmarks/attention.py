@@ -146,7 +146,7 @@ def run(
     say(f"{result['device']['name']}: copies {result['copy_gb_per_s']:.0f} GB/s")
     try:
         for shape in wanted:
-            for direction in peers.DIRECTIONS:
+            for direction in shapes.PASSES:
                 mine = [p for p in present if p.direction == direction]
                 if not mine or (direction != "forward" and shape.group != "square"):
                     continue

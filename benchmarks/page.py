@@ -58,7 +58,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# Attention on {result['device']['name']}", "", *_where(result)]
     if result.get("stopped"):
         lines += ["", f"**Stopped early:** {result['stopped']}"]
-    for direction, title in DIRECTIONS:
+    for direction, title in TITLES.items():
         rows = [r for r in result["rows"] if r["direction"] == direction]
         if rows:
             lines += ["", f"## {title}: TFLOPS (and times the speed of SDPA cuDNN)", ""]
@@ -173,7 +173,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ plot
-DIRECTIONS = (("forward", "Forward"), ("backward", "Backward"), ("both", "Forward and backward"))
+TITLES = {"forward": "Forward", "backward": "Backward", "both": "Forward and backward"}
 COLOURS = ("#9aa3b0", "#5b6472", "#c9b458", "#d1792f", "#0b62d6", "#6cb0ff", "#12805c", "#78c7a5", "#8e5bd0", "#c9a4ec")
 
 
@@ -185,7 +185,7 @@ def plot(result: dict[str, Any]) -> bytes | None:
     except ImportError:
         return None
     timed = [r for r in result["rows"] if r.get("tflops") and r["peer"] != "sm90-mask"]
-    panels = [(title, mine) for d, title in DIRECTIONS if (mine := [r for r in timed if r["direction"] == d])]
+    panels = [(title, mine) for d, title in TITLES.items() if (mine := [r for r in timed if r["direction"] == d])]
     if not panels:
         return None
     names = list(dict.fromkeys(_same(r) for _, rows in panels for r in rows))  # of a peer in any direction

@@ -30,7 +30,6 @@ QUANTISATION = "quantisation alone"
 PLAIN = "no quantisation"
 
 BASELINE = "cudnn"
-DIRECTIONS = ("forward", "backward", "both")
 MASKED_AT_MOST = 8192  # keys of a call with a mask of a byte per score
 
 
@@ -277,8 +276,9 @@ def chosen(names: Sequence[str] | None, backward: bool) -> tuple[Peer, ...]:
         if name not in known:
             raise InputError(f"Unknown peer {name!r}: choose from {', '.join(known)}.")
     wanted = known if names is None else names
-    directions = DIRECTIONS if backward else DIRECTIONS[:1]
-    return tuple(p for p in PEERS if p.name.removesuffix(f"-{p.direction}") in wanted and p.direction in directions)
+    return tuple(
+        p for p in PEERS if p.name.removesuffix(f"-{p.direction}") in wanted and (backward or p.direction == "forward")
+    )
 
 
 def quantisation_bytes(shape: Shape, element_size: int, workspace_bytes: int) -> int:

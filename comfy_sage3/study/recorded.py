@@ -61,7 +61,7 @@ def _row(row: dict[str, Any], labels: dict[str, tuple[str, str]]) -> dict[str, A
 def gather(folder: Path) -> dict[str, Any]:
     """Each GPU's result of the attention benchmark under ``folder``, condensed, by the name of the GPU.
 
-    That is the file with the GPU's name alone (h200.json): h200-taken.json is a run of something special.
+    That is the file with the GPU's name alone (h200.json): backward-h200.json is a run of some peers only.
     """
     found = []
     for path in sorted(p for p in folder.glob("*.json") if "-" not in p.stem):

@@ -12,7 +12,7 @@
 //
 // dV and dK stay in the tensor cores' accumulators from the first tile to the last. With INT8 in their place every tile
 // needs scales of its own, and both sums must be taken out of the integers after each: 450 of 950 instructions a warp and
-// tile, and no product in flight meanwhile. It was right to 0.9998 and ran at 0.83 of cuDNN's bf16 (docs/performance.md).
+// tile, and no product in flight meanwhile. It was right to 0.9998 and ran at 0.79 of cuDNN's bf16 (docs/performance.md).
 //
 // dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in fp16 and in the
 // accumulators' own order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.

@@ -1,8 +1,8 @@
 // Before and after the 8-bit backward pass's products (backward_format.cuh).
 //
 //   save_output      the output in 8 bits, at the end of the forward pass
-//   find_levels      a kv head: the levels of its queries and values
-//   prepare_keys     128 keys: what v8 and k8 stand for, in bf16, K turned
+//   find_levels      a kv head: the levels of its queries, keys and values
+//   prepare_keys     128 keys: what v8 stands for in bf16, what k8 stands for in e4m3, turned
 //   prepare_queries  64 queries: q8 as wgmma's B operand, q8 and dO turned, in e4m3, dO in bf16, delta
 //   choose_gains     a head: the gains of its tiles of queries
 //   finish_queries   the sums of dQ, times the softmax scale, in the caller's dtype
