@@ -60,6 +60,7 @@ struct Shared {
   alignas(1024) unsigned char ds[2][kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
   alignas(128) __half sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
+  int lifts[2][8];  // of each warp
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
   uint64_t keys_full, full[Config<D>::kStages], empty[Config<D>::kStages];
@@ -137,9 +138,9 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
 
 // The 32 bytes of a contraction's step, of a tile of `rows` rows that lies in blocks of kWidth bytes of each (block_offset).
 template <int kWidth>
-__device__ __forceinline__ uint64_t operand(const unsigned char* tile, int rows, int step) {
+__device__ __forceinline__ uint64_t operand(uint32_t tile, int rows, int step) {
   const int byte = 32 * step;
-  return sm90::operand(tile, kWidth) + (byte / kWidth * rows * kWidth + byte % kWidth) / 16;
+  return sm90::operand_at(tile + (byte / kWidth * rows * kWidth + byte % kWidth) / 16, kWidth);
 }
 
 // The first of two arrays, or the second.
@@ -153,6 +154,14 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// Exponents as floats have them. A warp's largest P is 64 to 128 once it is lifted, and that lift stays as long as it leaves 8 to
+// 256, or 2 to 256 where it is the block's.
+constexpr int kLiftedTo = 127 + 6, kLeast = 127 + 3, kMost = 127 + 7, kLeastOfBlocks = 127 + 1;
+constexpr int kNoLift = 127;  // more than any: of a warp that has nothing to lift
+
+__device__ __forceinline__ bool is_kept(int exponent) { return kLeast <= exponent && exponent <= kMost; }
 
 // 16 keys x D channels of a warp, times `factor` -> dk or dv.
 template <class T, int D>
@@ -243,12 +252,20 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   [[maybe_unused]] int apart[kSums] = {};  // dQ where it is not as large: registers of a part of x would be copied
   uint32_t p8[kScores / 4], ds8[kScores / 4];
 
+  const int where = static_cast<int>(sm90::shared_address(&shared)) / 16 | half << 16;
+  struct Here { uint32_t base, half; };
+  const auto locate = [&]() {
+    const uint32_t x = static_cast<uint32_t>(__reduce_max_sync(0xffffffffu, opaque(where)));
+    return Here{x & 0xffff, x >> 16};
+  };
+  const auto query_part = [](const Here& here, int stage, uint32_t offset) {
+    return here.base + static_cast<uint32_t>(offsetof(Shared<D>, queries) + stage * sizeof(int8::QueryBlock<D>) + offset) / 16;
+  };
   // dV or dK, in flight when this returns.
-  const auto multiply = [](int (&sums)[D / 2], const uint32_t (&a)[kScores / 4], const unsigned char* turned) {
-    const uint64_t b = sm90::operand(turned, kQueryTile);
+  const auto multiply = [](int (&sums)[D / 2], const uint32_t (&a)[kScores / 4], uint32_t turned) {
     sm90::wgmma_begin();
-    sm90::multiply_e4m3(sums, a, b);
-    sm90::multiply_e4m3(sums, a + 4, b + 2);
+    sm90::multiply_e4m3(sums, a, sm90::operand_at(turned, kQueryTile));
+    sm90::multiply_e4m3(sums, a + 4, sm90::operand_at(turned + 2, kQueryTile));
     sm90::wgmma_commit();
   };
   // Word w: queries 16 (w / 2) on, row w % 2.
@@ -261,31 +278,34 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   };
 
   sm90::barrier_wait(&shared.keys_full, 0);
-  int gain = 0;  // of the sums
+  // Exponents: P and dS are multiplied by this power of two. It is the warp's own in dV and dK. For dQ, which sums over keys, it
+  // has to be the same in all warps; `common` is what it last was.
+  int lift = 0, common = 0;
+  int unit = 0;  // of dV and dK: a tile's gain less the lift
 
   // S of the tile in a stage, in flight when this returns; and dP of it.
-  const auto multiply_scores = [&](const auto& queries, int (&to)[kScores]) {
+  const auto multiply_scores = [&](const Here& here, int stage, int (&to)[kScores]) {
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 32; ++step) {
-      const uint64_t a = operand<kRow8>(shared.k8 + 64 * half * kRow8, kKeyTile, step);
-      const uint64_t b = operand<kRow8>(queries.q8, kQueryTile, step);
+      const uint64_t a = operand<kRow8>(here.base + here.half * (64 * kRow8 / 16) + offsetof(Shared<D>, k8) / 16, kKeyTile, step);
+      const uint64_t b = operand<kRow8>(query_part(here, stage, offsetof(int8::QueryBlock<D>, q8)), kQueryTile, step);
       step == 0 ? sm90::multiply_s8<sm90::kReplaced>(to, a, b) : sm90::multiply_s8<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
-  const auto multiply_values = [&](const auto& queries, int (&to)[kScores]) {
+  const auto multiply_values = [&](const Here& here, int stage, int (&to)[kScores]) {
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const uint64_t a = operand<kRow16>(shared.keys.v16 + 64 * half * kRow16, kKeyTile, step);
-      const uint64_t b = operand<kRow16>(queries.dout16, kQueryTile, step);
+      const uint64_t a = operand<kRow16>(here.base + here.half * (64 * kRow16 / 16) + (offsetof(Shared<D>, keys) + offsetof(int8::KeyBlock<D>, v16)) / 16, kKeyTile, step);
+      const uint64_t b = operand<kRow16>(query_part(here, stage, offsetof(int8::QueryBlock<D>, dout16)), kQueryTile, step);
       step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(to, a, b) : sm90::multiply_bf16<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
 
-  // P, in place of S, and as an operand.
+  // P, in place of S, and how large it is.
   const auto weigh = [&](int stage, int (&x)[kScores]) {
     const auto& queries = shared.queries[stage];
     // P of the thread's keys g and g + 8, queries 8j + 2t and the next.
@@ -317,23 +337,72 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         }
       }
     }
+  };
+
+  // P as an operand. Where one key takes most of a row's weight, all others' P and dS would be below e4m3's last step, so they
+  // are lifted. Without a lift P is below 256 in any case, and there is nothing to do where some of it is 2 or more.
+  const auto lift_weights = [&](int stage, int (&x)[kScores]) {
     pack(p8, x);
+    const uint32_t any = p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7];
+    int needed = lift;
+    if ((lift | common) != 0 || !__any_sync(0xffffffffu, (any & 0x40404040u) != 0)) {
+      int top[4] = {};  // bits of floats that are not negative
+#pragma unroll
+      for (int i = 0; i < kScores; i += 8) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) top[e] = max3(top[e], x[i + e], x[i + e + 4]);
+      }
+      const int largest = __reduce_max_sync(0xffffffffu, max(max3(top[0], top[1], top[2]), top[3])) >> 23;
+      const bool is_number = largest != 0 && largest < 255;
+      if (!is_number || (kLeastOfBlocks <= largest + common && largest + common <= kMost)) {
+        lift = common;
+      } else if (!is_kept(largest + lift)) {
+        lift = kLiftedTo - largest;
+      }
+      if (is_kept(largest)) lift = 0;
+      lift = min(lift, shared.queries[stage].most);
+      needed = is_number ? lift : kNoLift;
+      if (lift != 0) {
+        const float factor = power_of_two(lift);
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) x[i] = __float_as_int(as_float(x[i]) * factor);
+        pack(p8, x);
+      }
+    }
+    if (lane == 0) shared.lifts[stage][4 * half + warp] = needed;
+  };
+
+  // Lowers the lift of what the warps have stored of a tile's dS to the least of theirs.
+  const auto agree = [&](int stage) {
+    const int least = -__reduce_max_sync(0xffffffffu, -shared.lifts[stage][opaque(lane) % 8]);
+    common = least < kNoLift ? least : 0;
+    const float by = power_of_two(max(common - lift, -126));
+#pragma unroll 1
+    for (int query = opaque(lane); query < kQueryTile; query += 32) {
+      uint4* const at = reinterpret_cast<uint4*>(shared.ds[stage] + int8::swizzle(query * 128 + 64 * half + 16 * warp, 128));
+      const uint4 old = *at;
+      *at = make_uint4(sm90::scale_e4m3(old.x, by), sm90::scale_e4m3(old.y, by), sm90::scale_e4m3(old.z, by),
+                       sm90::scale_e4m3(old.w, by));
+    }
+    sm90::fence_shared();
+    sm90::sync_threads<1, 256>();
   };
 
   // The tile in `stage`, whose P and dP are x and y; then P and dP of the next tile, in y and x. False if there is none.
   // Nothing is in flight before and after: ptxas puts all products in line where some are over the end of a loop.
   const auto work = [&](auto stage, uint32_t next_parity, int (&x)[kScores], int (&y)[kScores]) {
     constexpr int kNext = decltype(stage)::value ^ 1;
-    const auto &queries = shared.queries[stage], &next = shared.queries[kNext];  // what lies there, if there is none
-    if (queries.gain != gain) {
-      const float factor = exp2_approx(static_cast<float>(gain - queries.gain));
+    const auto& queries = shared.queries[stage];
+    if (queries.gain - lift != unit) {
+      const float factor = power_of_two(unit - (queries.gain - lift));
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) {
         dv[i] = __float_as_int(as_float(dv[i]) * factor), dk[i] = __float_as_int(as_float(dk[i]) * factor);
       }
-      gain = queries.gain;
+      unit = queries.gain - lift;
     }
-    multiply(dv, p8, queries.dout8);  // under dS
+    const Here here = locate();
+    multiply(dv, p8, query_part(here, stage, offsetof(int8::QueryBlock<D>, dout8)));  // under dS
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
@@ -346,36 +415,34 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     {  // Matrix m of a store: queries 8 (j + m) on, the warp's 16 keys, two to a number; lane % 8 is the query's row.
       const int me = opaque(threadIdx.x % 128);
       unsigned char* const ds = shared.ds[stage] + int8::swizzle(me % 32 * 128 + 64 * half + 16 * (me / 32), 128);
-      const auto two = [&](int j) {
-        const uint32_t by = *reinterpret_cast<const uint32_t*>(queries.row + 8 * j + 2 * t);
-        const float even = __uint_as_float(by << 16), odd = __uint_as_float(by & 0xffff0000u);
-        return sm90::pack_e4m3(as_float(y[4 * j]) * even, as_float(y[4 * j + 2]) * even, as_float(y[4 * j + 1]) * odd,
-                               as_float(y[4 * j + 3]) * odd);
-      };
+      // The codes of dK, in another order.
+      const auto two = [&](int j) { return __byte_perm(ds8[j / 2 * 2], ds8[j / 2 * 2 + 1], j % 2 ? 0x7362 : 0x5140); };
 #pragma unroll
       for (int j = 0; j < kScores / 4; j += 4) sm90::store_turned(ds + j * (8 * 128), two(j), two(j + 1), two(j + 2), two(j + 3));
     }
     sm90::fence_shared();
 
-    multiply(dk, ds8, queries.q8t);
+    multiply(dk, ds8, query_part(here, stage, offsetof(int8::QueryBlock<D>, q8t)));
     const int number = shared.number[stage];
-    float fits[2];  // of rows g and g + 8 of the warp's
-#pragma unroll
-    for (int r = 0; r < 2; ++r) fits[r] = __int_as_float((queries.sum[16 * warp + g + 8 * r] + 127) << 23);
     sm90::barrier_wait(&shared.full[kNext], next_parity);
     const bool more = shared.number[kNext] >= 0;
-    multiply_scores(next, y);
+    multiply_scores(here, kNext, y);
     int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
-    sm90::sync_threads<1, 256>();  // dS of all keys is there; the other buffer has been read, and so have the last sums
+    bool apart_from_block = lift != common;
+    sm90::sync_threads_any<1, 256>(apart_from_block);  // dS of all keys is there; the other buffer has been read, and so have the last sums
+    if (apart_from_block) agree(stage);
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kKeyTile / 32; ++step) {
-      const uint64_t a = sm90::operand(shared.ds[stage], 128) + 2 * step;
-      const uint64_t b = sm90::operand(shared.keys.k8t + half * (D / 2) * 128, 128) + 2 * step;
+      const uint64_t a = sm90::operand_at(here.base + (offsetof(Shared<D>, ds) + stage * sizeof(shared.ds[0])) / 16 + 2 * step, 128);
+      const uint64_t b = sm90::operand_at(here.base + here.half * (D / 2 * 128 / 16) + (offsetof(Shared<D>, keys) + offsetof(int8::KeyBlock<D>, k8t)) / 16 + 2 * step, 128);
       step == 0 ? sm90::multiply_e4m3<sm90::kReplaced>(sums, a, b) : sm90::multiply_e4m3<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
+    float fits[2];  // of rows g and g + 8 of the warp's
+#pragma unroll
+    for (int r = 0; r < 2; ++r) fits[r] = power_of_two(max(queries.sum[16 * warp + g + 8 * r] - common, -126));
     sm90::wgmma_wait<1>();
     sm90::pin(y);
     __syncwarp();
@@ -418,7 +485,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         sm90::count_one(turns);
       }
     }
-    multiply_values(next, x);
+    multiply_values(here, kNext, x);
+    if (more) lift_weights(kNext, y);
     sm90::wgmma_wait<0>();
     sm90::pin(x);
     return more;
@@ -427,11 +495,12 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   static_assert(C::kStages == 2);
   sm90::barrier_wait(&shared.full[0], 0);
   if (shared.number[0] >= 0) {
-    multiply_scores(shared.queries[0], x);
-    multiply_values(shared.queries[0], y);
+    multiply_scores(locate(), 0, x);
+    multiply_values(locate(), 0, y);
     sm90::wgmma_wait<1>();
     sm90::pin(x);
     weigh(0, x);
+    lift_weights(0, x);
     sm90::wgmma_wait<0>();
     sm90::pin(y);
     uint32_t parity = 0;
@@ -445,7 +514,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   const int head_dim = shape.head_dim, row = first_key + g;
   const auto* const levels = reinterpret_cast<const int8::GradLevel*>(static_cast<unsigned char*>(p.call.workspace) + p.at.levels);
   const int8::GradLevel level = levels[done.batch * shape.kv_heads + done.kv_head];
-  const float factor = exp2_approx(static_cast<float>(gain));
+  const float factor = exp2_approx(static_cast<float>(unit));
   store_rows<D>(dv, factor * (1.0f / int8::kGradTop), p.call.dv, done.batch, done.kv_head, row, shape.keys, head_dim);
   store_rows<D>(dk, factor / level.value * level.query, p.call.dk, done.batch, done.kv_head, row, shape.keys, head_dim);
 }

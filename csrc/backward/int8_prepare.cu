@@ -48,6 +48,7 @@ __device__ __forceinline__ float power_below(float x) {
   const int exponent = min(max(__float_as_int(x) >> 23, 1), 253);
   return __int_as_float(exponent << 23);
 }
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 __device__ __forceinline__ float inverse_of_power(float power) { return __int_as_float((254 << 23) - __float_as_int(power)); }
 
 // code = x * inverse, x = code * scale; as in quantize/int8.cu.
@@ -248,19 +249,20 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
 
 // ------------------------------------------------------------------------------------------------- prepare_queries
 
-// The exponent of a tile's gain, from the bits of its largest weight times a, of which the forward pass knows no more than
-// that it may be four times as much: p is at most 2^8. Where that is less than the exponents of two tiles may differ by, the
-// last tile's stands, and so it does where there is no gradient. The sums are multiplied by what lies between two gains:
-// that stays a number as the gains of a kv head's tiles are kGainSpan apart at most, and none, below 1, beyond kLeastGain.
-// What a gain so lifted rounds to 0 is 2^-80 of the largest.
-constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120;
-__device__ __forceinline__ int gain_of(int weight) { return (weight >> 23) - 127 - 5; }
-__device__ __forceinline__ int gain_after(int last, bool first, int weight, int most) {
-  const int gain = gain_of(weight);
-  if (gain < kLeastGain) return last;
-  return first || gain > last || gain < last - kKeptOctaves ? max(gain, most - kGainSpan) : last;
+// The exponent of a row's unit without its a, from its largest weight, of which the forward pass knows no more than that it may
+// be four times as much: p is at most 2^8.
+__device__ __forceinline__ int unit_of(float peak) { return (__float_as_int(peak) >> 23) - 127 - 5; }
+
+// The exponent of a tile's gain, from the largest unit of its rows. Where that is less than the last tile's, but not by more
+// than the exponents of two may differ by, the last one's stands, and so it does where there is no gradient. The sums are
+// multiplied by what lies between two gains: that stays a number as the gains of a kv head's tiles are kGainSpan apart at most,
+// and none, below 1, beyond kLeastGain. What a gain so lifted rounds to 0 is 2^-80 of the largest.
+constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120, kMostLift = 40;
+__device__ __forceinline__ int gain_after(int last, bool first, int unit, int most) {
+  if (unit < kLeastGain) return last;
+  return first || unit > last || unit < last - kKeptOctaves ? max(unit, most - kGainSpan) : last;
 }
-constexpr int kNoGain = -32768;  // of a row that attends nothing, or whose weight is no number
+constexpr int kNoUnit = -32768;  // of a row that attends nothing, or whose weight is no number
 
 // Thread: eight channels of the queries {2i, 2i+1, 8+2i, 9+2i} of a group of 16, which are one word of each channel's row in
 // the turned blocks.
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   constexpr int kColumns = D / kChunk;
   __shared__ int8::QueryBlock<D> block;
   __shared__ float products[kQueryTile][kColumns], largest[kQueryTile][kColumns], inverse[kQueryTile];
-  __shared__ int most;
+  __shared__ int units[kQueryTile], most;
   const int8::Shape& shape = p.call.shape;
   const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles;
   const int tile = static_cast<int>(blockIdx.x - bh * tiles), batch = static_cast<int>(bh / shape.heads);
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   const int first = 16 * (four / 4) + 2 * (four % 4);
   const auto query_of = [&](int i) { return first + 8 * (i / 2) + i % 2; };
   const GradLevel level = p.level(batch, head);
-  if (threadIdx.x == 0) most = 0;
+  if (threadIdx.x == 0) most = kNoUnit;
 
   const HeadRows<T, kDense> rows(p.call.dout, batch, head, shape.head_dim);
   const unsigned char* const q8 = p.saved<unsigned char>(p.from.q8) + int64_t(blockIdx.x) * kQueryTile * D;
@@ -316,7 +318,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     const int token = tile * kQueryTile + threadIdx.x;
     const int64_t row = bh * shape.queries + token;
     float delta = 0.0f, top = 0.0f, shift = -kNegativeInfinity, scale = 0.0f;
-    int own = kNoGain, fits = 0;  // of the row alone
+    int own = kNoUnit, fits = 0;  // of the row
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       delta += products[threadIdx.x][c];
@@ -331,17 +333,20 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
       scale = q_scale[threadIdx.x];
       const float natural = p.call.lse[row];
       if (natural != kNegativeInfinity) {
-        shift = natural * kLog2e - static_cast<float>((__float_as_int(a) >> 23) - 127);
-        const float weight = p.call.peak[row] * a;
-        if (weight < -kNegativeInfinity) atomicMax(&most, __float_as_int(weight));  // a number
-        if (weight > 0.0f && weight < -kNegativeInfinity) own = gain_of(__float_as_int(weight));
-        // A row of p, for dQ, adds up to less than 2^6 / peak; k and dP make at most 2^14 of it, and fp16 ends at 2^16.
+        shift = natural * kLog2e;
         const float peak = p.call.peak[row];
-        if (peak > 0.0f && peak <= 1.0f) fits = max((__float_as_int(peak) >> 23) - 127 - 5, -126);
+        if (peak > 0.0f && peak < -kNegativeInfinity) {
+          shift += static_cast<float>(unit_of(peak));
+          own = unit_of(peak) + (__float_as_int(a) >> 23) - 127;
+          atomicMax(&most, own);
+          // A row of p adds up to less than 2^6 / peak; k and dP make at most 2^14 of it, and fp16 ends at 2^16.
+          fits = min(max(unit_of(peak), -126), 0);
+        }
       }
     }
     block.q_scale[threadIdx.x] = scale, block.shift[threadIdx.x] = shift;
-    block.row[threadIdx.x] = static_cast<unsigned short>(own), block.sum[threadIdx.x] = static_cast<signed char>(fits);
+    units[threadIdx.x] = own;
+    block.row[threadIdx.x] = static_cast<short>(own - fits), block.sum[threadIdx.x] = static_cast<signed char>(fits);
     const float unit = reach < -kNegativeInfinity ? level.value : __int_as_float(0x7fffffff);  // of dlse alone: not in dV
     block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * unit;
   }
@@ -353,7 +358,9 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int query = query_of(i);
-    const float by = inverse[query], q_by = block.q_scale[query] * q_inverse;
+    // What p holds of a row's unit dout16 and ds do not: it is q's and dout8's.
+    const float unit = units[query] == kNoUnit ? 1.0f : power_of_two(max(units[query] - most, -126));
+    const float by = inverse[query], q_by = block.q_scale[query] * q_inverse * unit;
     uint32_t words[kChunk / 2];
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
@@ -362,16 +369,17 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
     }
 #pragma unroll
     for (int c = 0; c < kChunk / 2; ++c) words[c] = pack_bf16(turned[i][2 * c], turned[i][2 * c + 1]);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) turned[i][c] *= unit * int8::kGradTop;
     *reinterpret_cast<uint4*>(block.dout16 + int8::grad_dout_offset(query, channel, D)) =
         make_uint4(words[0], words[1], words[2], words[3]);
   }
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
-    constexpr float kTop = int8::kGradTop;
     const int at = int8::grad_turned_offset(first, channel + c);
     *reinterpret_cast<uint32_t*>(block.q8t + at) = sm90::pack_e4m3(q[0][c], q[1][c], q[2][c], q[3][c]);
     *reinterpret_cast<uint32_t*>(block.dout8 + at) =
-        sm90::pack_e4m3(turned[0][c] * kTop, turned[1][c] * kTop, turned[2][c] * kTop, turned[3][c] * kTop);
+        sm90::pack_e4m3(turned[0][c], turned[1][c], turned[2][c], turned[3][c]);
   }
   __syncthreads();
 
@@ -387,37 +395,40 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 // A block a query head.
 template <int D>
 __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_constant__ Params p) {
-  __shared__ int gain[kLevelThreads], largest;
+  __shared__ int unit[kLevelThreads], gain[kLevelThreads], largest;
   const int tiles = static_cast<int>(p.call.shape.query_tiles());
   const int64_t start = int64_t(blockIdx.x) * tiles;
   const int* const weights = reinterpret_cast<const int*>(p.part(p.at.weights)) + start;
   auto* const blocks = reinterpret_cast<int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + start;
-  if (threadIdx.x == 0) largest = 0;
+  if (threadIdx.x == 0) largest = kNoUnit;
   __syncthreads();
   const int group = p.call.shape.heads / p.call.shape.kv_heads;
   const int* const of_group = weights - int64_t(blockIdx.x % group) * tiles;
-  int mine = 0;
+  int mine = kNoUnit;
   for (int64_t i = threadIdx.x; i < int64_t(group) * tiles; i += kLevelThreads) mine = max(mine, of_group[i]);
   atomicMax(&largest, mine);
   __syncthreads();
-  const int most = gain_of(largest) < kLeastGain ? 0 : gain_of(largest);
+  const int most = largest < kLeastGain ? 0 : largest;
   int last = most;
   for (int from = 0; from < tiles; from += kLevelThreads) {
     const int count = min(tiles - from, kLevelThreads);
-    if (static_cast<int>(threadIdx.x) < count) gain[threadIdx.x] = weights[from + threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < count) unit[threadIdx.x] = weights[from + threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, gain[i], most);
+      for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, unit[i], most);
     }
     __syncthreads();
     last = gain[count - 1];
-    if (static_cast<int>(threadIdx.x) < count) blocks[from + threadIdx.x].gain = gain[threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < count) {
+      auto& block = blocks[from + threadIdx.x];
+      block.gain = gain[threadIdx.x];
+      block.most = min(kMostLift, block.gain - max(most - kGainSpan, -126));
+    }
     for (int i = threadIdx.x; i < count * kQueryTile; i += kLevelThreads) {
       auto& block = blocks[from + i / kQueryTile];
-      block.shift[i % kQueryTile] += static_cast<float>(gain[i / kQueryTile]);
-      const int own = static_cast<short>(block.row[i % kQueryTile]);
-      const int exponent = own == kNoGain ? 0 : min(max(gain[i / kQueryTile] - own, -126), 126);
-      block.row[i % kQueryTile] = static_cast<unsigned short>((exponent + 127) << 7);  // a bf16
+      const int down = unit[i / kQueryTile] == kNoUnit ? 0 : gain[i / kQueryTile] - unit[i / kQueryTile];
+      block.shift[i % kQueryTile] += static_cast<float>(down);
+      block.sum[i % kQueryTile] = static_cast<signed char>(min(block.sum[i % kQueryTile] + down, 126));
     }
     __syncthreads();
   }
@@ -438,13 +449,10 @@ __global__ void __launch_bounds__(256) int8_finish_queries(const __grid_constant
   const auto* const sums = reinterpret_cast<const __half*>(p.part(p.at.sums)) + int64_t(blockIdx.x) * kQueryTile * D;
   const auto* const made = reinterpret_cast<const int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + blockIdx.x;
   const GradLevel level = p.level(batch, head);
-  const float all = p.call.scale * exp2_approx(static_cast<float>(made->gain)) / level.value * level.key;
+  const float all = p.call.scale / level.value * level.key;
   float factor[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    factor[r] = all * inverse_of_power(__uint_as_float(uint32_t(made->row[row + 8 * r]) << 16)) *
-                exp2_approx(static_cast<float>(-made->sum[row + 8 * r]));
-  }
+  for (int r = 0; r < 2; ++r) factor[r] = all * exp2_approx(static_cast<float>(made->row[row + 8 * r]));
 #pragma unroll
   for (int i = 0; i < D / 4; i += 8) {
     const uint4 eight = *reinterpret_cast<const uint4*>(sums + int8::grad_sum_offset(half, i, thread, D));

@@ -31,7 +31,7 @@ from .emulated import (
 # Statements of the main kernel, and a gradient that goes wrong without: dS of the other warpgroup is not there yet; dP is
 # not; nor is dQ's product; nor S of the next tile; the last sums of dQ have not been read yet.
 WAITS = {
-    "sm90::sync_threads<1, 256>();": "dq",
+    "sm90::sync_threads_any<1, 256>(apart_from_block);": "dq",
     "sm90::wgmma_wait<0>();\n    sm90::pin(y);": "dk",
     "sm90::wgmma_wait<0>();\n    sm90::pin(sums);": "dq",
     "sm90::wgmma_wait<1>();\n    sm90::pin(y);": "dv",

@@ -79,9 +79,9 @@ struct alignas(1024) QueryBlock {
   float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
   float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
   float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
-  int gain, nothing[3];       // an exponent
-  unsigned short row[kQueryTile];  // a bf16, a power of two: what dS is multiplied by for dQ
-  signed char sum[kQueryTile];     // an exponent: what dQ's sums are multiplied by, so that fp16 holds them
+  int gain, most, nothing[2];  // exponents; by `most` p may be multiplied
+  short row[kQueryTile];        // an exponent: of the unit of dQ's sums
+  signed char sum[kQueryTile];  // another: what the tile's are multiplied by, so that fp16 holds them
 };
 
 template <int D>

@@ -104,6 +104,12 @@ __device__ __forceinline__ uint64_t operand(const void* tile, int row_bytes) {
   return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(1) << 16 | group << 32 | mode << 62;
 }
 
+// The same of a tile at this address in units of 16 bytes. A number in a uniform register stays in one.
+__device__ __forceinline__ uint64_t operand_at(uint32_t sixteens, int row_bytes) {
+  const uint32_t mode = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return uint64_t(mode << 30 | 8 * row_bytes / 16) << 32 | (sixteens + (1u << 16));
+}
+
 // D[64][N] (+)= A[64][32] B[N][32]^T: A signed or unsigned bytes in registers, B signed bytes in shared memory, D exact
 // integers. A thread holds row g, columns 8j + 2t, +1 in d[4j], d[4j + 1] and row g + 8 in the next two. N / 2 clocks.
 // Without kAdd the old D is an output only: ptxas would otherwise initialise it and then serialise the products.

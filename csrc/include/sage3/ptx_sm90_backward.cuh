@@ -17,6 +17,17 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
+// The same; then `any` is whether it was so of any of them. BAR.RED.OR
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void sync_threads_any(bool& any) {
+  int found;
+  asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %1, 0;\n barrier.cta.red.or.pred p, %2, %3, p;\n selp.s32 %0, 1, 0, p;\n}"
+               : "=r"(found)
+               : "r"(static_cast<int>(any)), "n"(kNumber), "n"(kThreads)
+               : "memory");
+  any = found != 0;
+}
+
 // Four 8x8 matrices of 16-bit numbers, transposed, to the rows that lanes 0-7, 8-15, 16-23 and 24-31 give. STSM.16.MT88.4
 __device__ __forceinline__ void store_turned(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
@@ -54,6 +65,19 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
       : "=r"(word)
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return word;
+}
+
+// Four e4m3 times a power of two that is at most 1.
+__device__ __forceinline__ uint32_t scale_e4m3(uint32_t four, float by) {
+  float x[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t pair;  // of fp16, which e4m3's numbers are
+    asm("{\n .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(pair) : "r"(four >> 16 * i));
+    const float2 two = __half22float2(reinterpret_cast<const __half2&>(pair));
+    x[2 * i] = two.x * by, x[2 * i + 1] = two.y * by;
+  }
+  return pack_e4m3(x[0], x[1], x[2], x[3]);
 }
 
 // What becomes of the accumulator's old value. kReplaced: it counts for nothing, but is an input all the same, so that the

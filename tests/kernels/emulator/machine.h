@@ -85,6 +85,12 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
   for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
   return sum;
 }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= uint32_t(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+  return word;
+}
 template <class T>
 T __ldcs(const T* at) { return *at; }
 using std::max;
@@ -129,6 +135,7 @@ inline const unsigned char *readable_begin = nullptr, *readable_end = nullptr;  
 struct Gate {  // a barrier that is used again and again
   int arrived = 0;
   unsigned round = 0;
+  bool any = false, found = false;  // of those who come now, of those who came last: where a barrier says so
 };
 
 // e4m3's 256 numbers. The byte nearest to a number, ties to even, at most 448; NaN stays NaN.
@@ -504,6 +511,10 @@ T __shfl_sync(unsigned, T x, int lane) {
   T all[32];
   emulator::exchange(x, all);
   return all[lane];
+}
+inline int __reduce_max_sync(unsigned, int x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = std::max(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  return x;
 }
 inline bool __any_sync(unsigned, bool x) {
   bool all[32];

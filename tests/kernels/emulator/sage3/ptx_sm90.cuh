@@ -45,6 +45,10 @@ inline uint64_t operand(const void* tile, int row_bytes) {
   const uint64_t group = 8 * row_bytes / 16;
   return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(1) << 16 | group << 32 | mode << 62;
 }
+inline uint64_t operand_at(uint32_t sixteens, int row_bytes) {
+  const uint32_t mode = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return uint64_t(mode << 30 | 8 * row_bytes / 16) << 32 | (sixteens + (1u << 16));
+}
 
 template <bool kAdd, int kCount>
 void wgmma_s8(int (&d)[kCount], const uint32_t* a, uint64_t b) {

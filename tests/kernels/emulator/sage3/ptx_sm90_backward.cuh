@@ -9,6 +9,13 @@ namespace sage3::sm90 {
 inline void fence_shared() {}
 template <int kNumber, int kThreads>
 void sync_threads() { emulator::pass(emulator::block->named[kNumber], kThreads); }
+template <int kNumber, int kThreads>
+void sync_threads_any(bool& any) {
+  emulator::Gate& gate = emulator::block->named[kNumber];
+  gate.any |= any;
+  emulator::pass(gate, kThreads, [&] { gate.found = gate.any, gate.any = false; });
+  any = gate.found;
+}
 
 // Thread 4 g + t of a warp holds element g of rows 2 t and 2 t + 1 of each matrix (as they are stored).
 inline void store_turned(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -56,6 +63,11 @@ inline void count_one(int* counter) {
 inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   using emulator::to_e4m3;
   return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | uint32_t(to_e4m3(d)) << 24;
+}
+
+inline uint32_t scale_e4m3(uint32_t four, float by) {
+  const auto x = [=](int i) { return emulator::from_e4m3(four >> 8 * i & 0xff) * by; };
+  return pack_e4m3(x(0), x(1), x(2), x(3));
 }
 
 enum Old { kAdded, kReplaced };
