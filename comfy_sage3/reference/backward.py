@@ -9,10 +9,11 @@ half the memory. delta = rowsum(dO O) then matches dO V^T.
 * "row" scales (the Triton kernels): dV and dK in INT8, dQ in bf16, like dP. P and dS have one scale for a key and 64
   queries, a row of the tiles of P^T and dS^T that are contracted; Q and dO one for 64 queries by 32 channels.
 * "query" scales (the kernel for Hopper, csrc/include/sage3/backward_format.cuh): dV, dK and dQ in e4m3. The sums of dV and
-  dK stay in fp32 from the first query to the last. A query has one power of two, a <= max|dO| < 2 a, that both operands
-  hold: P a and dO / a. A tile of 64 queries has another, its gain, which keeps P a below 256 and not far below, and follows
-  the tiles before it (``_Gains``). dQ is a query's own, and so is the power of two that dS is multiplied by for it. The
-  kernel adds to dQ in fp16 what each tile of 128 keys gives; here all of it is fp32.
+  dK stay in fp32 from the first query to the last, so that a scale can only be a query's. P and dS are in units of a query's
+  largest weight and of a, max|dO| / 2 < a <= max|dO|, both powers of two; Q and dO take these units over, less what 64
+  queries have in common. Keys far below a query's largest weight would fall below e4m3's last step: 16 of them, for 64
+  queries, are lifted by one more power of two (``_lifts``). The kernel adds to dQ in fp16 what each tile of 128 keys gives;
+  here all of it is fp32.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def int8_attention_backward(
         if query_scales:
             units = _Units.of(do_dp, q_scores.flatten(1, 2), k_scores, v_dp, shape)
             do_dp, delta = do_dp / units.a.unsqueeze(-1), delta / units.a * units.value.repeat_interleave(shape.groups, 1)
-            do_block, q_block, k_block, v_dp = units.dout, units.q, units.k, v_dp * units.value.unsqueeze(-1)
+            do_block, q_block, k_block, v_dp = do_dp, q_scores.flatten(1, 2), units.k, v_dp * units.value.unsqueeze(-1)
         else:
             do_block, q_block = _psi_groups(do_dp), _psi_groups(q_scores.flatten(1, 2))
         q_block, v_dp = by_kv_head(q_block, shape), pad_to(v_dp, -2, K_BLOCK)
@@ -118,7 +119,6 @@ def int8_attention_backward(
         keys, keys_block, values = (x[bs, hs].flatten(0, 1) for x in (k_scores, k_block, v_dp))
         n = keys.shape[0]
         dk_acc, dv_acc = torch.zeros_like(keys), torch.zeros_like(keys)
-        gains = _Gains(units, bs, hs, shape) if units is not None else None
         for r0, r1 in row_ranges(shape.q_tokens, plan.rows):
             width = g * (r1 - r0)
             rows, rows_block, do_rows, do_rows_block = (
@@ -131,22 +131,25 @@ def int8_attention_backward(
             ranges = [(c0, min(c0 + plan.keys, seen)) for c0 in range(0, seen, plan.keys)]
             tile = _Tile(shape, scale, is_causal, (r0, r1), rows, row_lse, None if full_mask is None else full_mask[bs, hs])
             held = tile.weights(keys, *ranges[0]) if len(ranges) == 1 else None
-            if gains is not None:  # the kernel of the forward pass says what the largest weights were
+            if units is not None:  # the kernel of the forward pass says what the largest weights were
                 peak = torch.stack([(tile.weights(keys, *r) if held is None else held).amax(1) for r in ranges]).amax(0)
-                row_unit, gain, row_factor = gains.step(peak.view(n, g, r1 - r0), r0, r1)
-                do_rows_block, rows_block = do_rows_block * gain, rows_block * gain / gains.value
+                p_unit, row_unit, rows_block, do_rows_block = units.of_rows(
+                    peak, rows_block, do_rows_block, shape, bs, hs, (r0, r1)
+                )
             for c0, c1 in ranges:
                 p = tile.weights(keys, c0, c1) if held is None else held
-                if gains is not None:
-                    p.mul_(row_unit)
+                if units is not None:
+                    p.div_(p_unit)
                 ds = torch.bmm(values[:, c0:c1], do_rows.transpose(1, 2)).sub_(row_delta).mul_(p)
                 if options.key_mean_term and options.smooth_k:
                     means = mean_k[bs, hs].flatten(0, 1)
                     dq_acc += ds.sum(1).unsqueeze(-1) * means
                 ds_keys = ds  # as dK and dQ take it
-                if gains is not None:
-                    ds_keys, ds = _round_e4m3_(ds.clone()), _round_e4m3_(ds * row_factor)
-                    p = round_magnitude_(p.clamp_(max=E4M3_MAX), torch.empty_like(p), mantissa_bits=3, min_exponent=-6)
+                if units is not None:
+                    lift, common = _lifts(p, g)
+                    codes = _round_e4m3_(ds.mul_(lift))  # of dK; dQ has them in the unit of its block
+                    ds_keys, ds = codes / lift, _round_e4m3_(codes * (common / lift)) / common
+                    p = round_magnitude_(p.mul_(lift), torch.empty_like(p), mantissa_bits=3, min_exponent=-6).div_(lift)
                 elif row_scales:
                     ds_keys, ds = _psi_rows(ds, g, INT8_MAX), _bf16(ds)
                     p = _psi_rows(p, g, UINT8_MAX)
@@ -156,8 +159,8 @@ def int8_attention_backward(
                 dv_acc[:, c0:c1].baddbmm_(p, do_rows_block)
                 dk_acc[:, c0:c1].baddbmm_(ds_keys, rows_block)
                 dq_acc.baddbmm_(ds.transpose(1, 2), keys_block[:, c0:c1])
-            if gains is not None:
-                dq_acc *= gain / gains.value / row_factor.transpose(1, 2)
+            if units is not None:
+                dq_acc *= row_unit
             b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
             dq.unflatten(1, (shape.kv_heads, g))[bs, hs, :, r0:r1] = dq_acc.mul_(scale).view(b_count, h_count, g, r1 - r0, d)
         b_count, h_count = bs.stop - bs.start, hs.stop - hs.start
@@ -237,8 +240,9 @@ def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- "query" scales
-_KEPT_OCTAVES = 3  # that a tile's gain may be above what it would be by itself
-_LEAST_WEIGHT = 2.0**-115  # below, a tile's gradients count for nothing
+_UNIT = 5  # a query's largest P is 2^5 to 2^6 of its unit, as the kernel knows it no better than within a factor of 4
+_LEAST = 2.0  # P of a block, or of a warp in its block's unit, that needs no lift
+_LIFTED_TO = 6  # the exponent that others are brought to
 
 
 def _power_below(x: Tensor) -> Tensor:
@@ -262,65 +266,75 @@ def _round_e4m3_(x: Tensor) -> Tensor:
 class _Units:
     """What is known before the products begin.
 
-    a (B, H, Lq): a <= max|dO| < 2 a. dout (B, H, Lq, D): dO / a in steps of e4m3 of 128 times that. q (B, H, Lq, D) and
-    k (B, Hkv, Lk, D): Q and K in steps of e4m3 as their largest magnitude in a kv head is 128 to 256.
+    a (B, H, Lq): a <= max|dO| < 2 a. k (B, Hkv, Lk, D): K in steps of e4m3 as its largest magnitude in a kv head is 128 to
+    256; query (B, Hkv, 1): what Q is divided by for that.
     value (B, Hkv, 1): V times it makes 256 (dP - delta) of normal inputs about 30; beyond 448 it is limited, which with one
     channel it never is.
     """
 
     a: Tensor
-    dout: Tensor
-    q: Tensor
     k: Tensor
+    query: Tensor
     value: Tensor
 
     @classmethod
     def of(cls, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> _Units:
         """dout and q (B, H, Lq, D), k and v (B, Hkv, Lk, D)."""
-        a = _power_below(dout.abs().amax(-1))
-        dout8 = _round_e4m3_(dout / a.unsqueeze(-1) * 128.0).div_(128.0)
-        level = _level(by_kv_head(q, shape).abs().amax((2, 3, 4))).repeat_interleave(shape.groups, 1)[..., None, None]
         level_k = _level(k.abs().amax((2, 3)))[..., None, None]
         off = (v - smoothing.token_mean(v)).abs().amax(-2)  # (B, Hkv, D)
         unit = _power_below(off.amax(-1, keepdim=True))
         reach = (off / unit).square_().sum(-1, keepdim=True).sqrt_() * (4.0 * (0.35 + 0.65 / v.shape[-1]))
         value = 0.5 / _power_below((unit * (reach * (256.0 / 448.0))).clamp_min_(2.0**-100))
         value = torch.where(off.amax(-1, keepdim=True) > 0, value, torch.ones_like(value))
-        return cls(a, dout8, _round_e4m3_(q / level).mul_(level), _round_e4m3_(k / level_k).mul_(level_k), value)
+        query = _level(by_kv_head(q, shape).abs().amax((2, 3, 4))).unsqueeze(-1)
+        return cls(_power_below(dout.abs().amax(-1)), _round_e4m3_(k / level_k).mul_(level_k), query, value)
 
+    def of_rows(
+        self, peak: Tensor, q: Tensor, dout: Tensor, shape: Shape, batch: slice, heads: slice, rows: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For some rows of some heads: their largest weights (n, G * rows), Q and dO / a (n, G * rows, D).
 
-class _Gains:
-    """The gains of the tiles of 64 queries of some heads, one range of rows after the other.
-
-    A tile's own would be the power of two that has the largest P a between 32 and 64, as the kernel knows weights no better
-    than within a factor of 4. Where it is less than four octaves below the last tile's, and where there is no gradient, that
-    one stands: the kernel has to multiply its sums where it changes.
-    """
-
-    def __init__(self, units: _Units, batch: slice, heads: slice, shape: Shape) -> None:
-        self.a = units.a.unflatten(1, (shape.kv_heads, shape.groups))[batch, heads].flatten(0, 1)  # (n, g, Lq)
-        self.value = units.value[batch, heads].flatten(0, 1).unsqueeze(-1)  # (n, 1, 1)
-        self.last = torch.full_like(self.a[..., 0], -torch.inf)  # exponents
-
-    def step(self, peak: Tensor, r0: int, r1: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the largest weights (n, g, r1 - r0) of these rows: a / gain (n, 1, g * rows), gain (n, g * rows, 1), and what
-        dS is multiplied by for dQ, (n, 1, g * rows), so that the row's own largest P a would be 32 to 64.
-
-        Only in fp32 is a gain 2^80 below the largest of its kv head another than the kernel's, which stops there.
+        Returns:
+            P's unit (n, 1, G * rows); that of dQ's sums (n, G * rows, 1); Q and dO as dK and dV multiply P and dS in their
+            units by them.
         """
-        a = self.a[..., r0:r1]
-        weight = pad_to(peak * a, -1, GRADIENT_ROWS).unflatten(-1, (-1, GRADIENT_ROWS))
-        largest = weight.masked_fill(~(weight < torch.inf), 0.0).amax(-1)  # (n, g, tiles)
-        own = (torch.frexp(largest).exponent - 6).float()
-        found = []
-        for i in range(largest.shape[-1]):
-            keep = (own[..., i] <= self.last) & (own[..., i] >= self.last - _KEPT_OCTAVES)
-            self.last = torch.where(keep | (largest[..., i] < _LEAST_WEIGHT), self.last, own[..., i])
-            found.append(self.last)
-        exponent = torch.stack(found, -1).nan_to_num_(neginf=0.0).repeat_interleave(GRADIENT_ROWS, -1)[..., : r1 - r0]
-        gain = _power_below(torch.ldexp(torch.ones_like(a), exponent))
-        row = peak * a
-        of_row = (exponent - (torch.frexp(row).exponent - 6).float()).clamp_(-126, 126)
-        of_row = of_row.masked_fill(~((row > 0.0) & (row < torch.inf)), 0.0)
-        factor = torch.ldexp(torch.ones_like(a), of_row)
-        return (a / gain).flatten(1).unsqueeze(1), gain.flatten(1).unsqueeze(-1), factor.flatten(1).unsqueeze(1)
+        n, groups = peak.shape[0], shape.groups
+        a = self.a.unflatten(1, (shape.kv_heads, groups))[batch, heads, :, slice(*rows)].flatten(0, 1)  # (n, G, rows)
+        query, value = (x[batch, heads].flatten(0, 1).unsqueeze(-1) for x in (self.query, self.value))  # (n, 1, 1)
+        is_weight = (peak > 0) & (peak < torch.inf)
+        own = (torch.frexp(peak).exponent - 1 - _UNIT).masked_fill(~is_weight, 0)
+        unit = own.view_as(a) + torch.frexp(a).exponent - 1
+        above = pad_to((unit + 1000).masked_fill(~is_weight.view_as(a), 0), -1, GRADIENT_ROWS)  # 0 is none
+        tile = above.unflatten(-1, (-1, GRADIENT_ROWS)).amax(-1).repeat_interleave(GRADIENT_ROWS, -1)[..., : a.shape[-1]]
+        tile = torch.where(tile > 0, tile - 1000, 0)
+        below = torch.where(is_weight.view_as(a), unit - tile, 0)
+        p_unit, row, down, common = (
+            torch.exp2(x.float()).reshape(n, -1, 1) for x in (own, unit, below.clamp_min(-126), tile)
+        )
+        q8 = _round_e4m3_(q / query * down).mul_(query * common / value)
+        return p_unit.transpose(1, 2), row / value, q8, _round_e4m3_(dout * down * 128.0).mul_(common / 128.0)
+
+
+def _lifts(p: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """What P^T (n, keys, G * rows) is multiplied by before it is rounded: powers of two for 64 queries and 16 keys, and 128.
+
+    Those for 128 keys are 1 where some P is 2 or more, and bring the largest to 64 to 128 where none is; those for 16 keys
+    are the same where that leaves 2 or more, and else do so for their own largest. The kernel's also depend on the tile
+    before: a lift stays for as long as it suits.
+    """
+    n, keys, width = p.shape
+    rows = width // groups
+    tiles = pad_to(pad_to(p.view(n, keys, groups, rows), -1, GRADIENT_ROWS), 1, 128)
+    most = tiles.unflatten(-1, (-1, GRADIENT_ROWS)).unflatten(1, (-1, 8, 16)).amax((3, 6))  # (n, blocks, 8, G, tiles)
+
+    def to_lift(x: Tensor) -> Tensor:
+        exponent = (_LIFTED_TO + 1 - torch.frexp(x).exponent).clamp_(-126, 126)
+        return torch.ldexp(torch.ones_like(x), exponent.masked_fill((x == 0) | ~(x < torch.inf), 0))
+
+    def all_of(x: Tensor) -> Tensor:
+        x = x.repeat_interleave(16, 2).flatten(1, 2).repeat_interleave(GRADIENT_ROWS, -1)
+        return x[:, :keys, :, :rows].reshape(n, keys, width)
+
+    of_block = most.amax(2, keepdim=True)
+    common = torch.where(of_block < _LEAST, to_lift(of_block), torch.ones_like(of_block)).expand_as(most)
+    return all_of(torch.where((most * common < _LEAST) & (most > 0), to_lift(most), common)), all_of(common)

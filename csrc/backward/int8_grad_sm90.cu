@@ -10,14 +10,18 @@
 //   dK  += dS^T Q     e4m3, likewise
 //   dQ  += dS K       e4m3: dS through shared memory, as the other warpgroup's keys count as well; half the channels each
 //
+// e4m3 has 17 octaves. Units of queries (backward_format.cuh) bring P and dS there as long as a query's weights are alike. Where
+// one key takes most of them, those of all others are lifted by one more power of two: a warp's 16 keys by their own for dV and
+// dK, the block's by one for dQ (lift_weights, agree).
+//
 // dV and dK stay in the tensor cores' accumulators from the first tile to the last. With INT8 in their place every tile
 // needs scales of its own, and both sums must be taken out of the integers after each: 450 of 950 instructions a warp and
 // tile, and no product in flight meanwhile. It was right to 0.9998 and ran at 0.79 of cuDNN's bf16 (docs/performance.md).
 //
 // dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in fp16 and in the
 // accumulators' own order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
-// At head dim 128 the registers do not suffice: a few words, with `deterministic` more, lie in local memory.
-// sass: 33 accesses to local memory in the main loops of int8_grad<128
+// With a mask and `deterministic` head dim 128 has too few registers: 18 words lie in local memory.
+// sass: 18 accesses to local memory in the main loops of int8_grad<128
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
 #include <algorithm>
@@ -60,7 +64,7 @@ struct Shared {
   alignas(1024) unsigned char ds[2][kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
   alignas(128) __half sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
-  int lifts[2][8];  // of each warp
+  int lifts[Config<D>::kStages][8];  // of the warps' P
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
   uint64_t keys_full, full[Config<D>::kStages], empty[Config<D>::kStages];
@@ -136,6 +140,25 @@ __device__ __forceinline__ void produce(const Params& p, Shared<D>& shared) {
   sm90::barrier_arrive(&shared.full[place.stage]);
 }
 
+// Where Shared's parts begin, in units of 16 bytes.
+template <int D>
+struct Part {
+  using Query = int8::QueryBlock<D>;
+  using Key = int8::KeyBlock<D>;
+  static constexpr uint32_t kK8 = offsetof(Shared<D>, k8) / 16;
+  static constexpr uint32_t kV16 = (offsetof(Shared<D>, keys) + offsetof(Key, v16)) / 16;
+  static constexpr uint32_t kK8t = (offsetof(Shared<D>, keys) + offsetof(Key, k8t)) / 16;
+  static constexpr uint32_t kDs = offsetof(Shared<D>, ds) / 16, kDsBytes = kKeyTile * kQueryTile;
+  static constexpr uint32_t query(int stage, size_t offset) {
+    return static_cast<uint32_t>(offsetof(Shared<D>, queries) + stage * sizeof(Query) + offset) / 16;
+  }
+  static constexpr uint32_t q8(int stage) { return query(stage, offsetof(Query, q8)); }
+  static constexpr uint32_t dout16(int stage) { return query(stage, offsetof(Query, dout16)); }
+  static constexpr uint32_t q8t(int stage) { return query(stage, offsetof(Query, q8t)); }
+  static constexpr uint32_t dout8(int stage) { return query(stage, offsetof(Query, dout8)); }
+  static constexpr uint32_t ds(int stage) { return kDs + stage * kDsBytes / 16; }
+};
+
 // The 32 bytes of a contraction's step, of a tile of `rows` rows that lies in blocks of kWidth bytes of each (block_offset).
 template <int kWidth>
 __device__ __forceinline__ uint64_t operand(uint32_t tile, int rows, int step) {
@@ -156,8 +179,8 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Exponents as floats have them. A warp's largest P is 64 to 128 once it is lifted, and that lift stays as long as it leaves 8 to
-// 256, or 2 to 256 where it is the block's.
+// Exponents as floats have them. What is lifted is 64 to 128 at first, and its lift stays for as long as that leaves 8 to 256, or
+// 2 to 256 where the lift is the block's.
 constexpr int kLiftedTo = 127 + 6, kLeast = 127 + 3, kMost = 127 + 7, kLeastOfBlocks = 127 + 1;
 constexpr int kNoLift = 127;  // more than any: of a warp that has nothing to lift
 
@@ -252,15 +275,18 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   [[maybe_unused]] int apart[kSums] = {};  // dQ where it is not as large: registers of a part of x would be copied
   uint32_t p8[kScores / 4], ds8[kScores / 4];
 
-  const int where = static_cast<int>(sm90::shared_address(&shared)) / 16 | half << 16;
-  struct Here { uint32_t base, half; };
+  // Products' operands are told anew for every tile, from the address of Shared, in units of 16 bytes, and the half. A reduction
+  // leaves both in uniform registers. Where ptxas sees that they stay the same in the loop it makes all descriptors before it:
+  // at head dim 128 they then lay in local memory, and 50 instructions brought them back for dP alone.
+  struct Origin {
+    uint32_t base, half;
+  };
+  const int origin = static_cast<int>(sm90::shared_address(&shared)) / 16 | half << 16;
   const auto locate = [&]() {
-    const uint32_t x = static_cast<uint32_t>(__reduce_max_sync(0xffffffffu, opaque(where)));
-    return Here{x & 0xffff, x >> 16};
+    const uint32_t both = static_cast<uint32_t>(__reduce_max_sync(0xffffffffu, opaque(origin)));
+    return Origin{both & 0xffff, both >> 16};
   };
-  const auto query_part = [](const Here& here, int stage, uint32_t offset) {
-    return here.base + static_cast<uint32_t>(offsetof(Shared<D>, queries) + stage * sizeof(int8::QueryBlock<D>) + offset) / 16;
-  };
+
   // dV or dK, in flight when this returns.
   const auto multiply = [](int (&sums)[D / 2], const uint32_t (&a)[kScores / 4], uint32_t turned) {
     sm90::wgmma_begin();
@@ -278,34 +304,34 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   };
 
   sm90::barrier_wait(&shared.keys_full, 0);
-  // Exponents: P and dS are multiplied by this power of two. It is the warp's own in dV and dK. For dQ, which sums over keys, it
-  // has to be the same in all warps; `common` is what it last was.
-  int lift = 0, common = 0;
-  int unit = 0;  // of dV and dK: a tile's gain less the lift
+  int lift = 0, common = 0;  // exponents: of what P and dS are multiplied by; of what all warps' last were, for dQ
+  int unit = 0;              // of dV and dK: a tile's gain less the lift
 
   // S of the tile in a stage, in flight when this returns; and dP of it.
-  const auto multiply_scores = [&](const Here& here, int stage, int (&to)[kScores]) {
+  const auto multiply_scores = [&](const Origin& at, int stage, int (&to)[kScores]) {
+    const uint32_t keys = at.base + Part<D>::kK8 + at.half * (64 * kRow8 / 16);
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 32; ++step) {
-      const uint64_t a = operand<kRow8>(here.base + here.half * (64 * kRow8 / 16) + offsetof(Shared<D>, k8) / 16, kKeyTile, step);
-      const uint64_t b = operand<kRow8>(query_part(here, stage, offsetof(int8::QueryBlock<D>, q8)), kQueryTile, step);
+      const uint64_t a = operand<kRow8>(keys, kKeyTile, step);
+      const uint64_t b = operand<kRow8>(at.base + Part<D>::q8(stage), kQueryTile, step);
       step == 0 ? sm90::multiply_s8<sm90::kReplaced>(to, a, b) : sm90::multiply_s8<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
-  const auto multiply_values = [&](const Here& here, int stage, int (&to)[kScores]) {
+  const auto multiply_values = [&](const Origin& at, int stage, int (&to)[kScores]) {
+    const uint32_t values = at.base + Part<D>::kV16 + at.half * (64 * kRow16 / 16);
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const uint64_t a = operand<kRow16>(here.base + here.half * (64 * kRow16 / 16) + (offsetof(Shared<D>, keys) + offsetof(int8::KeyBlock<D>, v16)) / 16, kKeyTile, step);
-      const uint64_t b = operand<kRow16>(query_part(here, stage, offsetof(int8::QueryBlock<D>, dout16)), kQueryTile, step);
+      const uint64_t a = operand<kRow16>(values, kKeyTile, step);
+      const uint64_t b = operand<kRow16>(at.base + Part<D>::dout16(stage), kQueryTile, step);
       step == 0 ? sm90::multiply_bf16<sm90::kReplaced>(to, a, b) : sm90::multiply_bf16<sm90::kAdded>(to, a, b);
     }
     sm90::wgmma_commit();
   };
 
-  // P, in place of S, and how large it is.
+  // P, in place of S.
   const auto weigh = [&](int stage, int (&x)[kScores]) {
     const auto& queries = shared.queries[stage];
     // P of the thread's keys g and g + 8, queries 8j + 2t and the next.
@@ -339,8 +365,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
   };
 
-  // P as an operand. Where one key takes most of a row's weight, all others' P and dS would be below e4m3's last step, so they
-  // are lifted. Without a lift P is below 256 in any case, and there is nothing to do where some of it is 2 or more.
+  // P as an operand, lifted where it is small: to where the block was last, if that suits. Without a lift P is below 256 in any
+  // case, and there is nothing to do where some of it is 2 or more.
   const auto lift_weights = [&](int stage, int (&x)[kScores]) {
     pack(p8, x);
     const uint32_t any = p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7];
@@ -372,7 +398,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     if (lane == 0) shared.lifts[stage][4 * half + warp] = needed;
   };
 
-  // Lowers the lift of what the warps have stored of a tile's dS to the least of theirs.
+  // Lowers what the warps have stored of a tile's dS from their lifts to the least of them. To know it beforehand they would have to
+  // wait for each other twice a tile, which took 13 % more time; as it is, they do only where one differs from the last tile.
   const auto agree = [&](int stage) {
     const int least = -__reduce_max_sync(0xffffffffu, -shared.lifts[stage][opaque(lane) % 8]);
     common = least < kNoLift ? least : 0;
@@ -401,8 +428,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       }
       unit = queries.gain - lift;
     }
-    const Here here = locate();
-    multiply(dv, p8, query_part(here, stage, offsetof(int8::QueryBlock<D>, dout8)));  // under dS
+    const Origin at = locate();
+    multiply(dv, p8, at.base + Part<D>::dout8(stage));  // under dS
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const float2 delta = *reinterpret_cast<const float2*>(queries.delta + 8 * j + 2 * t);
@@ -422,21 +449,22 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
     sm90::fence_shared();
 
-    multiply(dk, ds8, query_part(here, stage, offsetof(int8::QueryBlock<D>, q8t)));
+    multiply(dk, ds8, at.base + Part<D>::q8t(stage));
     const int number = shared.number[stage];
     sm90::barrier_wait(&shared.full[kNext], next_parity);
     const bool more = shared.number[kNext] >= 0;
-    multiply_scores(here, kNext, y);
+    multiply_scores(at, kNext, y);
     int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
-    bool apart_from_block = lift != common;
-    sm90::sync_threads_any<1, 256>(apart_from_block);  // dS of all keys is there; the other buffer has been read, and so have the last sums
-    if (apart_from_block) agree(stage);
+    bool differs = lift != common;
+    sm90::sync_threads_any<1, 256>(differs);  // dS of all keys is there; the other buffer has been read, and so have the last sums
+    if (differs) agree(stage);
+    const uint32_t turned_keys = at.base + Part<D>::kK8t + at.half * (D / 2 * 128 / 16);
     sm90::wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kKeyTile / 32; ++step) {
-      const uint64_t a = sm90::operand_at(here.base + (offsetof(Shared<D>, ds) + stage * sizeof(shared.ds[0])) / 16 + 2 * step, 128);
-      const uint64_t b = sm90::operand_at(here.base + here.half * (D / 2 * 128 / 16) + (offsetof(Shared<D>, keys) + offsetof(int8::KeyBlock<D>, k8t)) / 16 + 2 * step, 128);
+      const uint64_t a = sm90::operand_at(at.base + Part<D>::ds(stage) + 2 * step, 128);
+      const uint64_t b = sm90::operand_at(turned_keys + 2 * step, 128);
       step == 0 ? sm90::multiply_e4m3<sm90::kReplaced>(sums, a, b) : sm90::multiply_e4m3<sm90::kAdded>(sums, a, b);
     }
     sm90::wgmma_commit();
@@ -485,7 +513,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         sm90::count_one(turns);
       }
     }
-    multiply_values(here, kNext, x);
+    multiply_values(at, kNext, x);
     if (more) lift_weights(kNext, y);
     sm90::wgmma_wait<0>();
     sm90::pin(x);

@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   }
   __syncthreads();
 
-  if (threadIdx.x == 0) *reinterpret_cast<int*>(p.part(p.at.weights + int64_t(blockIdx.x) * 4)) = most;
+  if (threadIdx.x == 0) *reinterpret_cast<int*>(p.part(p.at.units + int64_t(blockIdx.x) * 4)) = most;
   const float q_inverse = inverse_of_power(level.query) * kLn2;  // q8 * q_scale holds log2(e) as well
   float q[4][kChunk], turned[4][kChunk];
 #pragma unroll
@@ -398,12 +398,12 @@ __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_
   __shared__ int unit[kLevelThreads], gain[kLevelThreads], largest;
   const int tiles = static_cast<int>(p.call.shape.query_tiles());
   const int64_t start = int64_t(blockIdx.x) * tiles;
-  const int* const weights = reinterpret_cast<const int*>(p.part(p.at.weights)) + start;
+  const int* const units = reinterpret_cast<const int*>(p.part(p.at.units)) + start;
   auto* const blocks = reinterpret_cast<int8::QueryBlock<D>*>(p.part(p.at.query_blocks)) + start;
   if (threadIdx.x == 0) largest = kNoUnit;
   __syncthreads();
   const int group = p.call.shape.heads / p.call.shape.kv_heads;
-  const int* const of_group = weights - int64_t(blockIdx.x % group) * tiles;
+  const int* const of_group = units - int64_t(blockIdx.x % group) * tiles;
   int mine = kNoUnit;
   for (int64_t i = threadIdx.x; i < int64_t(group) * tiles; i += kLevelThreads) mine = max(mine, of_group[i]);
   atomicMax(&largest, mine);
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_
   int last = most;
   for (int from = 0; from < tiles; from += kLevelThreads) {
     const int count = min(tiles - from, kLevelThreads);
-    if (static_cast<int>(threadIdx.x) < count) unit[threadIdx.x] = weights[from + threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < count) unit[threadIdx.x] = units[from + threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
       for (int i = 0; i < count; ++i) gain[i] = last = gain_after(last, from + i == 0, unit[i], most);

@@ -41,6 +41,7 @@ from tests.gpu.calls import FAST, HEAD_DIMS, KERNELS, LOWEST
 from tests.gpu.exact import FAST_LSE, FAST_NORMAL, NORMAL, problems
 from tests.gpu.test_backward import NAMES, bounds, problem
 from tests.gpu.test_backward import exact as exact_gradients
+from tests.sinks import give_sink
 
 FP4 = "fp4"  # where the library has it: on sm_12x, or with SAGE3_EMULATE_FP4=1
 GRADIENT = "gradient"  # sm90's forward pass, what it saves, and the backward pass; with the library for sm_90
@@ -74,6 +75,8 @@ def calls() -> Iterator[Call]:
         yield Call(f"causal hd{d}", *inputs(300, 301, d), causal=True)
     for d in (64, 128):
         yield Call(f"longest hd{d}", *inputs(70, 2500, d))  # 20 tiles: the sm90 kernel has slots of scales for 8
+    for d in (64, 128):  # some tiles of queries with a sink, some without: what the gradient lifts changes
+        yield Call(f"sink hd{d}", *give_sink(*inputs(300, 400, d), 0.9, (0, 2, 3)))
     yield Call("causal, more keys", *inputs(97, 400, 128), causal=True)
     yield Call("causal, more queries", *inputs(400, 97, 64), causal=True)
     yield Call("one query, one key", *inputs(1, 1, 64))

@@ -14,6 +14,7 @@ import torch
 from comfy_sage3 import reference
 from comfy_sage3.kernels import build, training
 
+from ..sinks import give_sink
 from . import calls
 from .exact import exact as exact_attention
 from .exact import relative_l1
@@ -183,6 +184,20 @@ def test_a_long_sequence_of_keys():
     check(*inputs(256, 32768, 128, h=1, hkv=1))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tiles", [None, range(0, 32, 3)], ids=["all queries", "a third of them"])
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
+    q, k, v, dout = inputs(2048, 2048, d, dtype=torch.float32, h=4, hkv=2, offset=0.0)
+    q, k, v = give_sink(q, k, v, 0.8, tiles)
+    _, got = ours(q, k, v, dout, causal)
+    want = exact(q, k, v, dout, causal)
+    assert cosine(got[0], want[0]) > 0.996  # for dQ the 128 keys beside the sink have its unit
+    for a, e in zip(got[1:], want[1:], strict=True):
+        assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.9985  # of others than its warp's keys
+        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.995
+
+
 def test_rows_of_tiny_gradients_keep_their_digits():
     q, k, v, dout = inputs(512, 512, 64, dtype=torch.float32, offset=0.0)
     dout = dout * 1e-4 ** (torch.arange(512, device=dout.device) // 64).clamp(max=4).view(1, 1, -1, 1)
@@ -209,7 +224,8 @@ def test_a_number_that_is_none_is_not_hidden(where, bad):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_fifty_repeats_are_the_same_bits_in_deterministic_mode(d, causal):
-    tensors = inputs(1025, 2049, d, b=2, h=8, hkv=4)
+    q, k, v, dout = inputs(1025, 2049, d, b=2, h=8, hkv=4)
+    tensors = (*give_sink(q, k, v, 0.8, range(0, 17, 3)), dout)
     _, want = ours(*tensors, causal, deterministic=True)
     for _ in range(50):
         _, got = ours(*tensors, causal, deterministic=True)
@@ -218,7 +234,8 @@ def test_fifty_repeats_are_the_same_bits_in_deterministic_mode(d, causal):
 
 def test_keys_and_values_are_the_same_bits_in_every_run():
     """Each block of dk and dv has one writer. dq's sums, in fp16, come as they come: last digits differ."""
-    tensors = inputs(1025, 2049, 128, h=8, hkv=4)
+    q, k, v, dout = inputs(1025, 2049, 128, h=8, hkv=4)
+    tensors = (*give_sink(q, k, v, 0.8, range(0, 17, 3)), dout)
     _, want = ours(*tensors)
     for _ in range(20):
         _, got = ours(*tensors)

@@ -70,11 +70,10 @@ def test_the_documented_sweep_is_nowhere_below_the_papers_method_nor_from_sigma_
         assert found["dQ", sigma, "ours"] >= theirs, sigma
 
 
-def test_with_a_sink_a_scale_a_row_loses_nothing_of_the_other_keys_and_ours_does(rows):
-    for name in ("dK", "dV"):
-        assert rows[f"{name}, sink, INT8, a scale a row"].cosine > 0.999
-        assert 0.9 < rows[f"{name}, sink, ours"].cosine < rows[f"{name}, sink, INT8, a scale a row"].cosine
-    assert 0.95 < rows["dQ, sink, ours"].cosine < rows["dQ, sink, INT8, a scale a row"].cosine
+@pytest.mark.parametrize(("name", "least"), [("dQ", 0.99), ("dK", 0.998), ("dV", 0.999)])
+def test_keys_beside_a_sink_keep_their_gradients(rows, name, least):
+    ours, paper = (rows[f"{name}, sink, {method}"] for method in ("ours", "paper (P V in INT8)"))
+    assert ours.cosine > max(least, paper.cosine)
 
 
 @pytest.mark.parametrize("form", ["row", "query"])

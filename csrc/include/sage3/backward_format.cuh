@@ -15,18 +15,19 @@
 //   dQ   = dS K      dS through shared memory, k8t     over keys, in e4m3
 //
 // P and dS span many octaves, and they are multiplied and summed over the queries, so that a scale can only be a query's own,
-// on both sides. Every query has one, the power of two `a` at the largest magnitude of its dO. The rest is powers of two for
-// a tile of queries (gain) and for a kv head (value, query), found before the products begin:
+// on both sides. Every query has one, its unit: the power of two `a` at the largest magnitude of its dO, times the one that has
+// its largest weight at most 256, and not far below. The largest unit of a tile of queries is the tile's; from that follows its
+// gain, which keeps that of the tile before where it can, for where it changes the sums have to be multiplied. The rest is powers
+// of two for a kv head (value, query, key). All of it is found before the products begin:
 //
-//   p   = P a / gain            at most 256, and not far below: by the largest weight times a of the tile's queries
-//   do  = dO / a                in dout16; 128 times that, below 256, in dout8
-//   v   = V value               so that p (dP - delta) is below 448; about 30 where p is 256 and all is normal
-//   q   = Q scale / query       at most 256, in q8t
-//   k   = K / key               at most 256, in k8t
+//   p   = P a / unit * tile / gain   so at most 256, and below 2 in few tiles
+//   do  = dO / a                     in dout16; 128 unit / tile times that, below 256, in dout8
+//   v   = V value                    so that p (dP - delta) is below 448; about 30 where p is 256 and all is normal
+//   q   = Q scale / query            at most 256; unit / tile times that in q8t
+//   k   = K / key                    at most 256, in k8t
 //
-// dQ is a query's own: for it ds is multiplied by 2^`row` more, so that the row's largest p would be at most 256 as well.
-// All of this is exact in floating point. Then p^T do is dV / gain, and ds = p (v do - delta value / a) is dS value / gain.
-// A tile keeps the gain of the one before it where it can, for where it changes the sums have to be multiplied.
+// All of this is exact in floating point. Then p^T dout8 is 128 dV / gain, and with ds = p (v do - delta value / a), ds^T q8t is
+// dK value / gain and ds k8t is dQ value tile / (unit gain).
 #pragma once
 
 #include "sage3/int8_format.cuh"
@@ -79,9 +80,9 @@ struct alignas(1024) QueryBlock {
   float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
   float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
   float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
-  int gain, most, nothing[2];  // exponents; by `most` p may be multiplied
-  short row[kQueryTile];        // an exponent: of the unit of dQ's sums
-  signed char sum[kQueryTile];  // another: what the tile's are multiplied by, so that fp16 holds them
+  int gain, most, nothing[2];  // exponents: of the gain, and of what p may be lifted by at most
+  short row[kQueryTile];        // an exponent: of what the sums of dQ are in
+  signed char sum[kQueryTile];  // another: of what they are multiplied by before, so that fp16 holds them
 };
 
 template <int D>
@@ -99,7 +100,7 @@ constexpr int kGradWriters = 8;  // warps that add to a tile of dQ
 
 // The workspace of one backward call: one allocation, every part 1024-byte aligned.
 struct GradWorkspace {
-  int64_t query_blocks, key_blocks, levels, weights, sums, turns, bytes;
+  int64_t query_blocks, key_blocks, levels, units, sums, turns, bytes;
   int64_t query_block_bytes, key_block_bytes;
 
   SAGE3_HD explicit GradWorkspace(const Shape& s) {
@@ -116,7 +117,7 @@ struct GradWorkspace {
     query_blocks = take(tiles * query_block_bytes);
     key_blocks = take(int64_t(s.batch) * s.kv_heads * s.key_tiles() * key_block_bytes);
     levels = take(int64_t(s.batch) * s.kv_heads * sizeof(GradLevel));
-    weights = take(tiles * 4);  // a tile's largest weight times a
+    units = take(tiles * 4);  // exponents: a tile's largest unit
     sums = take(tiles * kQueryTile * d * 2);
     turns = take(tiles * kGradWriters * 4);  // deterministic: how many key tiles have added to each part of a tile of dQ
     bytes = at;
