@@ -7,6 +7,7 @@ its copies, fences, atomic additions and dtypes' conversions, and long sequences
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,15 +86,21 @@ def bounds(q, k, v, dout, scale):
     return scale * ds * largest_row(k), scale * ds * largest_row(q), largest_row(dout)
 
 
-def problem(got, want, bound):
-    """What is wrong with a gradient, or None. ``bound`` is the most that a row of it can be."""
+def problem(got, want, bound, least=LEAST):
+    """What is wrong with a gradient, or None. ``bound`` is the most that a row of it can be, ``least`` the least cosine."""
     if not got.isfinite().all():
         return "not finite"
     if largest_row(want) < ZERO * bound:
         size = largest_row(got) / bound
         return None if size < NEXT_TO_ZERO else f"exactly zero, and here {size:.3f} of what it could be"
     found = cosine(got, want)
-    return None if found > LEAST else f"cosine {found:.5f}"
+    return None if found > least else f"cosine {found:.5f}"
+
+
+def by_reference(q, k, v, dout, causal, options=reference.OUR_INT8):
+    wide = [x.float() for x in (q, k, v)]
+    out, lse = reference.int8_attention(*wide, is_causal=causal, options=options)
+    return reference.int8_attention_backward(dout.float(), *wide, out, lse, is_causal=causal, options=options)
 
 
 def check(q, k, v, dout, causal=False, scale=None, deterministic=False, mask=None):
@@ -163,10 +170,7 @@ def test_as_near_to_exact_as_the_reference(d, causal):
     q, k, v, dout = inputs(1024, 1024, d, h=2, hkv=1)
     want = exact(q, k, v, dout, causal)
     _, got = ours(q, k, v, dout, causal)
-    wide = [x.float() for x in (q, k, v)]
-    out, lse = reference.int8_attention(*wide, is_causal=causal, options=reference.OUR_INT8)
-    same = reference.int8_attention_backward(dout.float(), *wide, out, lse, is_causal=causal, options=reference.OUR_INT8)
-    for name, a, b, e in zip(NAMES, got, same, want, strict=True):
+    for name, a, b, e in zip(NAMES, got, by_reference(q, k, v, dout, causal), want, strict=True):
         assert relative_l1(a, e) < OF_REFERENCE * relative_l1(b, e) + BESIDES, name
 
 
@@ -188,14 +192,20 @@ def test_a_long_sequence_of_keys():
 @pytest.mark.parametrize("tiles", [None, range(0, 32, 3)], ids=["all queries", "a third of them"])
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
+    """Of scores in 8 bits: those cost dQ, beside a sink, more than the gradient's own 8 bits do."""
     q, k, v, dout = inputs(2048, 2048, d, dtype=torch.float32, h=4, hkv=2, offset=0.0)
     q, k, v = give_sink(q, k, v, 0.8, tiles)
     _, got = ours(q, k, v, dout, causal)
-    want = exact(q, k, v, dout, causal)
-    assert cosine(got[0], want[0]) > 0.996  # for dQ the 128 keys beside the sink have its unit
-    for a, e in zip(got[1:], want[1:], strict=True):
-        assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.9985  # of others than its warp's keys
-        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.995
+    want, same = exact(q, k, v, dout, causal), by_reference(q, k, v, dout, causal)
+    by_rows = by_reference(q, k, v, dout, causal, replace(reference.OUR_INT8, gradient_scales="row"))  # dQ in bf16
+    assert 1 - cosine(got[0], want[0]) < 2 * (1 - cosine(by_rows[0], want[0]))
+    for name, a, b, e in zip(NAMES, got, same, want, strict=True):
+        first = 0 if name == "dq" else 1
+        error, of_reference = (relative_l1(x[:, :, first:], e[:, :, first:]) for x in (a, b))
+        assert error < OF_REFERENCE * of_reference + BESIDES, name
+    for name, a, e in zip(NAMES[1:], got[1:], want[1:], strict=True):
+        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.997, name
+        assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.998, name  # of others than the keys of the sink's warp
 
 
 def test_rows_of_tiny_gradients_keep_their_digits():
