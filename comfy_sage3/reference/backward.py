@@ -146,8 +146,9 @@ def int8_attention_backward(
                     dq_acc += ds.sum(1).unsqueeze(-1) * means
                 ds_keys = ds  # as dK and dQ take it
                 if units is not None:
-                    lift, common = _lifts(p, g)
-                    codes = _round_e4m3_(ds.mul_(lift))  # of dK; dQ has them in the unit of its block
+                    lift = _lifts(p, g)
+                    codes = _round_e4m3_(ds.mul_(lift))  # of dK; dQ has them in a unit of its block
+                    common = _common_lift(codes, lift, g)
                     ds_keys, ds = codes / lift, _round_e4m3_(codes * (common / lift)) / common
                     p = round_magnitude_(p.mul_(lift), torch.empty_like(p), mantissa_bits=3, min_exponent=-6).div_(lift)
                 elif row_scales:
@@ -315,26 +316,45 @@ class _Units:
         return p_unit.transpose(1, 2), row / value, q8, _round_e4m3_(dout * down * 128.0).mul_(common / 128.0)
 
 
-def _lifts(p: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """What P^T (n, keys, G * rows) is multiplied by before it is rounded: powers of two for 64 queries and 16 keys, and 128.
+def _warps(x: Tensor, groups: int) -> Tensor:
+    """x^T (n, keys, G * rows) as (n, blocks of 128 keys, 8 warps, 16 keys, G, tiles, 64 queries)."""
+    tiles = pad_to(pad_to(x.view(*x.shape[:2], groups, -1), -1, GRADIENT_ROWS), 1, 128)
+    return tiles.unflatten(-1, (-1, GRADIENT_ROWS)).unflatten(1, (-1, 8, 16))
 
-    Those for 128 keys are 1 where some P is 2 or more, and bring the largest to 64 to 128 where none is; those for 16 keys
-    are the same where that leaves 2 or more, and else do so for their own largest. The kernel's also depend on the tile
-    before: a lift stays for as long as it suits.
+
+def _spread(x: Tensor, like: Tensor, groups: int) -> Tensor:
+    """A number for each warp and tile (n, blocks, 8, G, tiles) -> one for each element of ``like``, (n, keys, G * rows)."""
+    x = x.repeat_interleave(16, 2).flatten(1, 2).repeat_interleave(GRADIENT_ROWS, -1)
+    return x[:, : like.shape[1], :, : like.shape[2] // groups].reshape(like.shape)
+
+
+def _lifts(p: Tensor, groups: int) -> Tensor:
+    """What P^T (n, keys, G * rows) is multiplied by before it is rounded: a power of two for 16 keys and 64 queries.
+
+    1 where some P of the block of 128 keys is 2 or more, and of the 16; else the largest of the block becomes 64 to 128, or
+    that of the 16 where it would still be below 2. The kernel's also depend on the tile before: a lift stays while it suits.
     """
-    n, keys, width = p.shape
-    rows = width // groups
-    tiles = pad_to(pad_to(p.view(n, keys, groups, rows), -1, GRADIENT_ROWS), 1, 128)
-    most = tiles.unflatten(-1, (-1, GRADIENT_ROWS)).unflatten(1, (-1, 8, 16)).amax((3, 6))  # (n, blocks, 8, G, tiles)
+    most = _warps(p, groups).amax((3, 6))
 
     def to_lift(x: Tensor) -> Tensor:
         exponent = (_LIFTED_TO + 1 - torch.frexp(x).exponent).clamp_(-126, 126)
         return torch.ldexp(torch.ones_like(x), exponent.masked_fill((x == 0) | ~(x < torch.inf), 0))
 
-    def all_of(x: Tensor) -> Tensor:
-        x = x.repeat_interleave(16, 2).flatten(1, 2).repeat_interleave(GRADIENT_ROWS, -1)
-        return x[:, :keys, :, :rows].reshape(n, keys, width)
-
     of_block = most.amax(2, keepdim=True)
     common = torch.where(of_block < _LEAST, to_lift(of_block), torch.ones_like(of_block)).expand_as(most)
-    return all_of(torch.where((most * common < _LEAST) & (most > 0), to_lift(most), common)), all_of(common)
+    return _spread(torch.where((most * common < _LEAST) & (most > 0), to_lift(most), common), p, groups)
+
+
+def _common_lift(codes: Tensor, lift: Tensor, groups: int) -> Tensor:
+    """dQ's lift for dS^T, whose ``codes`` (n, keys, G * rows) have those of 16 keys: one for a block of 128.
+
+    Where they differ it is the largest that keeps all below 256.
+    """
+    of_warp = _warps(lift, groups).amax((3, 6))
+    of_warp = torch.where(of_warp > 0, of_warp, of_warp.amax(2, keepdim=True))  # past the last key
+    most = _warps(codes.abs(), groups).amax((3, 6))
+    headroom = torch.ldexp(torch.ones_like(most), 8 - torch.frexp(most).exponent.clamp_min(-5))
+    suits = torch.where(most > 0, of_warp * headroom, torch.inf).amin(2, keepdim=True)
+    agreed = of_warp.amin(2, keepdim=True) == of_warp.amax(2, keepdim=True)
+    common = torch.where(agreed | suits.isinf(), of_warp.amax(2, keepdim=True), suits).expand_as(of_warp)
+    return _spread(common, codes, groups)

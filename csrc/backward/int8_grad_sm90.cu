@@ -20,8 +20,8 @@
 //
 // dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in fp16 and in the
 // accumulators' own order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
-// With a mask and `deterministic` head dim 128 has too few registers: 18 words lie in local memory.
-// sass: 18 accesses to local memory in the main loops of int8_grad<128
+// With a mask and `deterministic` head dim 128 has too few registers: a few words lie in local memory.
+// sass: 6 accesses to local memory in the main loops of int8_grad<128
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
 #include <algorithm>
@@ -64,7 +64,7 @@ struct Shared {
   alignas(1024) unsigned char ds[2][kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
   alignas(128) __half sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
-  int lifts[Config<D>::kStages][8];  // of the warps' P
+  int lifts[Config<D>::kStages][8], suits[8];  // of the warps' P; what would suit their dS
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
   uint64_t keys_full, full[Config<D>::kStages], empty[Config<D>::kStages];
@@ -398,21 +398,38 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     if (lane == 0) shared.lifts[stage][4 * half + warp] = needed;
   };
 
-  // Lowers what the warps have stored of a tile's dS from their lifts to the least of them. To know it beforehand they would have to
-  // wait for each other twice a tile, which took 13 % more time; as it is, they do only where one differs from the last tile.
+  // Brings what the warps have stored of a tile's dS from their lifts to one that suits all, which is returned: as high as it can
+  // be, for dS is less than P would allow, and most where one key's P is far above the others'. To know it before dS is stored
+  // they would have to wait for each other in every tile, which took 13 % more time; here they do where a lift is a new one.
   const auto agree = [&](int stage) {
-    const int least = -__reduce_max_sync(0xffffffffu, -shared.lifts[stage][opaque(lane) % 8]);
-    common = least < kNoLift ? least : 0;
-    const float by = power_of_two(max(common - lift, -126));
+    const auto mine = [&](int i) {
+      const int query = 32 * i + opaque(lane);
+      return reinterpret_cast<uint4*>(shared.ds[stage] + int8::swizzle(query * 128 + 64 * half + 16 * warp, 128));
+    };
+    common = -__reduce_max_sync(0xffffffffu, -shared.lifts[stage][opaque(lane) % 8]);
+    if (common == kNoLift) common = 0;
+    int largest = 0;  // of the bytes without their signs
 #pragma unroll 1
-    for (int query = opaque(lane); query < kQueryTile; query += 32) {
-      uint4* const at = reinterpret_cast<uint4*>(shared.ds[stage] + int8::swizzle(query * 128 + 64 * half + 16 * warp, 128));
-      const uint4 old = *at;
-      *at = make_uint4(sm90::scale_e4m3(old.x, by), sm90::scale_e4m3(old.y, by), sm90::scale_e4m3(old.z, by),
-                       sm90::scale_e4m3(old.w, by));
+    for (int i = 0; i < kQueryTile / 32; ++i) {
+      const uint4 x = *mine(i);
+      const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int byte = 0; byte < 16; ++byte) largest = max(largest, static_cast<int>(word[byte / 4] >> 8 * (byte % 4) & 0x7f));
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane == 0) shared.suits[4 * half + warp] = largest != 0 ? lift + max(14 - largest / 8, 0) : kNoLift;
+    sm90::sync_threads<1, 256>();
+    int level = -__reduce_max_sync(0xffffffffu, -shared.suits[opaque(lane) % 8]);
+    if (level == kNoLift) level = 0;
+    const float by = power_of_two(max(level - lift, -126));
+#pragma unroll 1
+    for (int i = 0; i < kQueryTile / 32; ++i) {
+      const uint4 x = *mine(i);
+      *mine(i) = make_uint4(sm90::scale_e4m3(x.x, by), sm90::scale_e4m3(x.y, by), sm90::scale_e4m3(x.z, by), sm90::scale_e4m3(x.w, by));
     }
     sm90::fence_shared();
-    sm90::sync_threads<1, 256>();
+    sm90::sync_threads<4, 256>();
+    return level;
   };
 
   // The tile in `stage`, whose P and dP are x and y; then P and dP of the next tile, in y and x. False if there is none.
@@ -458,7 +475,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
     bool differs = lift != common;
     sm90::sync_threads_any<1, 256>(differs);  // dS of all keys is there; the other buffer has been read, and so have the last sums
-    if (differs) agree(stage);
+    const int level = differs ? agree(stage) : common;
     const uint32_t turned_keys = at.base + Part<D>::kK8t + at.half * (D / 2 * 128 / 16);
     sm90::wgmma_begin();
 #pragma unroll
@@ -470,7 +487,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     sm90::wgmma_commit();
     float fits[2];  // of rows g and g + 8 of the warp's
 #pragma unroll
-    for (int r = 0; r < 2; ++r) fits[r] = power_of_two(max(queries.sum[16 * warp + g + 8 * r] - common, -126));
+    for (int r = 0; r < 2; ++r) fits[r] = power_of_two(max(queries.sum[16 * warp + g + 8 * r] - level, -126));
     sm90::wgmma_wait<1>();
     sm90::pin(y);
     __syncwarp();

@@ -29,12 +29,12 @@ from .emulated import (
     view,
 )
 
-# Statements of the main kernel, and a gradient that goes wrong without: dS has not been lowered yet, where there are sinks;
-# that of the other warpgroup is not there yet; dP is not; nor is dQ's product; nor S of the next tile; the last sums of dQ
-# have not been read yet.
-LOWERED = "sm90::sync_threads<1, 256>();"
+# Statements of the main kernel, and a gradient that goes wrong without: where there are sinks, what suits others' dS is not
+# known yet; dS of the other warpgroup is not there yet; dP is not; nor is dQ's product; nor S of the next tile; the last
+# sums of dQ have not been read yet.
+WITH_SINKS = "sm90::sync_threads<1, 256>();"
 WAITS = {
-    LOWERED: "dq",
+    WITH_SINKS: "dq",
     "sm90::sync_threads_any<1, 256>(differs);": "dq",
     "sm90::wgmma_wait<0>();\n    sm90::pin(y);": "dk",
     "sm90::wgmma_wait<0>();\n    sm90::pin(sums);": "dq",
@@ -186,7 +186,7 @@ def test_the_gradient_of_lse(host):
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_wait_that_is_missing_is_seen_here(host, wait):
     """Of what this emulation is worth: it does notice."""
-    q, k, v, dout = with_sink(203, 203, 64, weight=0.97, tiles=(0, 2) if wait == LOWERED else ())
+    q, k, v, dout = with_sink(203, 203, 64, weight=0.97, tiles=(0, 2) if wait == WITH_SINKS else ())
     with setting(host, omitted=list(WAITS).index(wait)):
         got, want = gradients(host, q, k, v, dout)
     at = ("dq", "dk", "dv").index(WAITS[wait])
@@ -223,7 +223,7 @@ def test_the_forward_pass_knows_peaks_within_a_factor_of_4(host, lowered):
 @pytest.mark.parametrize(("d", "keys", "weight"), [(64, 1024, 0.9), (64, 4096, 0.5), (128, 1024, 0.5), (96, 2048, 0.7)])
 def test_keys_beside_one_that_takes_most_of_every_weight_keep_their_digits(host, d, keys, weight):
     (dq, dk, dv), (wq, wk, wv) = gradients(host, *with_sink(64, keys, d, weight))
-    assert cosine(dq, wq) > 0.994  # for dQ the sink's 128 keys have one unit
+    assert cosine(dq, wq) > 0.998  # the 128 keys of the sink's block have one lift
     for got, want in ((dk, wk), (dv, wv)):
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999  # of other warps
         assert cosine(got[:, :, 1:], want[:, :, 1:]) > 0.998  # those that share its warp lose
@@ -237,7 +237,7 @@ def test_tiles_of_queries_with_a_sink_and_without_leave_each_other_alone(host, d
     (dq, dk, dv), (wq, wk, wv) = gradients(host, *inputs, deterministic=deterministic)
     for tile in range(5):
         rows = slice(64 * tile, 64 * tile + 64)
-        assert cosine(dq[:, :, rows], wq[:, :, rows]) > (0.985 if tile in (0, 2, 3) else 0.999), tile
+        assert cosine(dq[:, :, rows], wq[:, :, rows]) > (0.998 if tile in (0, 2, 3) else 0.999), tile
     for got, want in ((dk, wk), (dv, wv)):
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
   return word;
 }
 
-// Four e4m3 times a power of two that is at most 1.
+// Four e4m3 times a power of two.
 __device__ __forceinline__ uint32_t scale_e4m3(uint32_t four, float by) {
   float x[4];
 #pragma unroll
