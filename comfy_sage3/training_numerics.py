@@ -2,7 +2,8 @@
 
 Inputs are N(0,1), head dim 128, with Q and K times sigma: scores then have a standard deviation of sigma squared. Errors are
 against fp64. The rows follow arXiv 2505.11594 (tables 1c and 6) and the sweep over sigma of arXiv 2603.02170. A third table
-has an attention sink: one key that takes half of every query's weight, with a small value, as language models have.
+has an attention sink: one key that takes half of the weight of every query, or every second one, with a small value, as
+language models have.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ METHODS = (
 )
 SWEPT = tuple(m for m in METHODS if m[0] in ("ours", "paper (P V in FP8)"))  # over sigma
 SUNK = tuple(m for m in METHODS if m[0] in ("ours", "INT8, a scale a row", "paper (P V in INT8)"))  # with a sink
+SINKS = ((1, "sink"), (2, "every second query's sink"))
 OF_FORWARD = ("ours", "paper (P V in FP8)", "paper (P V in INT8)")  # methods whose forward passes differ
 NAMES = ("O", "dQ", "dK", "dV")
 
@@ -42,10 +44,11 @@ def inputs(seed: int, tokens: int, sigma: float = 1.0) -> Inputs:
     return q * sigma, k * sigma, v, dout
 
 
-def with_sink(x: Inputs, weight: float = 0.5) -> Inputs:
-    """The same, but that the first key takes about ``weight`` of each query's, and has a twentieth of its value."""
+def with_sink(x: Inputs, weight: float = 0.5, every: int = 1) -> Inputs:
+    """The same, but that the first key takes about ``weight`` of every so-many-th query, with a twentieth of its value."""
     q, k, v, dout = (t.clone() for t in x)
-    q[..., 0], k[..., 0] = 8.0, 0.0  # a channel that only the sink answers to
+    q[..., 0], k[..., 0] = 0.0, 0.0
+    q[..., ::every, 0] = 8.0  # a channel that only the sink answers to
     rest = (q[..., 1:] @ k[..., 1:, 1:].mT * HEAD_DIM**-0.5).exp().sum(-1).mean()
     k[..., 0, :] = 0.0
     k[..., 0, 0] = (rest * weight / (1.0 - weight)).log() / (8.0 * HEAD_DIM**-0.5)
@@ -86,14 +89,15 @@ def tables(seeds: int, tokens: int, sigmas: Sequence[float] = SIGMAS) -> list[Ta
         for sigma in sigmas:
             note(inputs(seed, tokens, sigma), SWEPT, f"{{name}}, sigma {sigma:g}, {{method}}")
         # Without the sink's own gradient, which outweighs all other keys'.
-        note(with_sink(inputs(seed, tokens)), SUNK, "{name}, sink, {method}", first_key=1)
+        for every, sink in SINKS:
+            note(with_sink(inputs(seed, tokens), every=every), SUNK, f"{{name}}, {sink}, {{method}}", first_key=1)
 
     def rows(labels: Sequence[str]) -> tuple[Row, ...]:
         return tuple(average(label, errors[label]) for label in labels)
 
     main = [f"{name}, {method}" for name in NAMES for method, _ in METHODS if name != "O" or method in OF_FORWARD]
     sweep = [f"{name}, sigma {sigma:g}, {method}" for name in ("dQ", "dK") for sigma in sigmas for method, _ in SWEPT]
-    sunk = [f"{name}, sink, {method}" for name in NAMES[1:] for method, _ in SUNK]
+    sunk = [f"{name}, {sink}, {method}" for _, sink in SINKS for name in NAMES[1:] for method, _ in SUNK]
     return [
         Table("training", f"8-bit training, N(0,1), {tokens} tokens", rows(main)),
         Table("sigma", f"Q and K times sigma, {tokens} tokens", rows(sweep)),

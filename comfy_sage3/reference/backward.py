@@ -241,9 +241,9 @@ def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- "query" scales
-_UNIT = 5  # a query's largest P is 2^5 to 2^6 of its unit, as the kernel knows it no better than within a factor of 4
+_UNIT = 4  # a query's largest P is 2^4 to 2^5 of its unit, as the kernel knows it no better than within a factor of 4
 _LEAST = 2.0  # P of a block, or of a warp in its block's unit, that needs no lift
-_LIFTED_TO = 6  # the exponent that others are brought to
+_LIFTED_TO = 4  # the exponent that others are brought to
 
 
 def _power_below(x: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def _spread(x: Tensor, like: Tensor, groups: int) -> Tensor:
 def _lifts(p: Tensor, groups: int) -> Tensor:
     """What P^T (n, keys, G * rows) is multiplied by before it is rounded: a power of two for 16 keys and 64 queries.
 
-    1 where some P of the block of 128 keys is 2 or more, and of the 16; else the largest of the block becomes 64 to 128, or
+    1 where some P of the block of 128 keys is 2 or more, and of the 16; else the largest of the block becomes 16 to 32, or
     that of the 16 where it would still be below 2. The kernel's also depend on the tile before: a lift stays while it suits.
     """
     most = _warps(p, groups).amax((3, 6))

@@ -64,7 +64,7 @@ struct Shared {
   alignas(1024) unsigned char ds[2][kKeyTile * kQueryTile];  // two, so that one barrier a tile is enough
   alignas(128) __half sums[2][kQueryTile * D / 2];
   alignas(16) float k_scale[int8::kKeyGroups];
-  int lifts[Config<D>::kStages][8], suits[8];  // of the warps' P; what would suit their dS
+  int lifts[8], suits[8];  // of the warps, and what would suit their dS
   // Which queries these are: of the head, of the workspace (negative: there are no more); and their MaskTile.
   int tile[Config<D>::kStages], number[Config<D>::kStages], mask[Config<D>::kStages];
   uint64_t keys_full, full[Config<D>::kStages], empty[Config<D>::kStages];
@@ -179,10 +179,11 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Exponents as floats have them. What is lifted is 64 to 128 at first, and its lift stays for as long as that leaves 8 to 256, or
-// 2 to 256 where the lift is the block's.
-constexpr int kLiftedTo = 127 + 6, kLeast = 127 + 3, kMost = 127 + 7, kLeastOfBlocks = 127 + 1;
-constexpr int kNoLift = 127;  // more than any: of a warp that has nothing to lift
+// Exponents as floats have them. A warp whose largest P is 8 or more needs no lift. Others take the block's, where that makes it
+// 2 to 64, or one of their own, which makes it 16 to 32 at first and stays while it is 8 to 64: no more than what is not lifted,
+// for dS of much larger P could pass 448.
+constexpr int kLiftedTo = 127 + 4, kLeast = 127 + 3, kMost = 127 + 5, kLeastOfBlocks = 127 + 1;
+constexpr int kNoLift = 127;  // more than any: of a warp whose dS is 0
 
 __device__ __forceinline__ bool is_kept(int exponent) { return kLeast <= exponent && exponent <= kMost; }
 
@@ -304,7 +305,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   };
 
   sm90::barrier_wait(&shared.keys_full, 0);
-  int lift = 0, common = 0;  // exponents: of what P and dS are multiplied by; of what all warps' last were, for dQ
+  int lift = 0, common = 0;  // exponents that P and dS are multiplied by: the warp's; the least of the block's when they last differed
   int unit = 0;              // of dV and dK: a tile's gain less the lift
 
   // S of the tile in a stage, in flight when this returns; and dP of it.
@@ -370,7 +371,6 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   const auto lift_weights = [&](int stage, int (&x)[kScores]) {
     pack(p8, x);
     const uint32_t any = p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7];
-    int needed = lift;
     if ((lift | common) != 0 || !__any_sync(0xffffffffu, (any & 0x40404040u) != 0)) {
       int top[4] = {};  // bits of floats that are not negative
 #pragma unroll
@@ -385,9 +385,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       } else if (!is_kept(largest + lift)) {
         lift = kLiftedTo - largest;
       }
-      if (is_kept(largest)) lift = 0;
-      lift = min(lift, shared.queries[stage].most);
-      needed = is_number ? lift : kNoLift;
+      if (largest >= kLeast) lift = 0;
+      lift = min(lift, shared.queries[stage].most_lift);
       if (lift != 0) {
         const float factor = power_of_two(lift);
 #pragma unroll
@@ -395,7 +394,6 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         pack(p8, x);
       }
     }
-    if (lane == 0) shared.lifts[stage][4 * half + warp] = needed;
   };
 
   // Brings what the warps have stored of a tile's dS from their lifts to one that suits all, which is returned: as high as it can
@@ -406,8 +404,6 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       const int query = 32 * i + opaque(lane);
       return reinterpret_cast<uint4*>(shared.ds[stage] + int8::swizzle(query * 128 + 64 * half + 16 * warp, 128));
     };
-    common = -__reduce_max_sync(0xffffffffu, -shared.lifts[stage][opaque(lane) % 8]);
-    if (common == kNoLift) common = 0;
     int largest = 0;  // of the bytes without their signs
 #pragma unroll 1
     for (int i = 0; i < kQueryTile / 32; ++i) {
@@ -417,15 +413,23 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       for (int byte = 0; byte < 16; ++byte) largest = max(largest, static_cast<int>(word[byte / 4] >> 8 * (byte % 4) & 0x7f));
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
-    if (lane == 0) shared.suits[4 * half + warp] = largest != 0 ? lift + max(14 - largest / 8, 0) : kNoLift;
+    if (lane == 0) {
+      shared.lifts[4 * half + warp] = largest != 0 ? lift : kNoLift;
+      shared.suits[4 * half + warp] = largest != 0 ? lift + max(14 - largest / 8, 0) : kNoLift;
+    }
     sm90::sync_threads<1, 256>();
-    int level = -__reduce_max_sync(0xffffffffu, -shared.suits[opaque(lane) % 8]);
-    if (level == kNoLift) level = 0;
+    const auto least = [&](const int (&of)[8]) {
+      const int found = -__reduce_max_sync(0xffffffffu, -of[opaque(lane) % 8]);
+      return found == kNoLift ? 0 : found;
+    };
+    common = least(shared.lifts);
+    const int level = least(shared.suits);
     const float by = power_of_two(max(level - lift, -126));
 #pragma unroll 1
     for (int i = 0; i < kQueryTile / 32; ++i) {
       const uint4 x = *mine(i);
-      *mine(i) = make_uint4(sm90::scale_e4m3(x.x, by), sm90::scale_e4m3(x.y, by), sm90::scale_e4m3(x.z, by), sm90::scale_e4m3(x.w, by));
+      *mine(i) = make_uint4(sm90::scale_e4m3(x.x, by), sm90::scale_e4m3(x.y, by), sm90::scale_e4m3(x.z, by),
+                            sm90::scale_e4m3(x.w, by));
     }
     sm90::fence_shared();
     sm90::sync_threads<4, 256>();
@@ -474,7 +478,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
     bool differs = lift != common;
-    sm90::sync_threads_any<1, 256>(differs);  // dS of all keys is there; the other buffer has been read, and so have the last sums
+    // Then dS of all keys is there; the other buffer has been read, and so have the last sums.
+    sm90::sync_threads_any<1, 256>(differs);
     const int level = differs ? agree(stage) : common;
     const uint32_t turned_keys = at.base + Part<D>::kK8t + at.half * (D / 2 * 128 / 16);
     sm90::wgmma_begin();

@@ -250,13 +250,13 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
 // ------------------------------------------------------------------------------------------------- prepare_queries
 
 // The exponent of a row's unit without its a, from its largest weight, of which the forward pass knows no more than that it may
-// be four times as much: p is at most 2^8.
-__device__ __forceinline__ int unit_of(float peak) { return (__float_as_int(peak) >> 23) - 127 - 5; }
+// be four times as much: p is at most 2^7.
+__device__ __forceinline__ int unit_of(float peak) { return (__float_as_int(peak) >> 23) - 127 - 4; }
 
 // The exponent of a tile's gain, from the largest unit of its rows. Where that is less than the last tile's, but not by more
 // than the exponents of two may differ by, the last one's stands, and so it does where there is no gradient. The sums are
 // multiplied by what lies between two gains: that stays a number as the gains of a kv head's tiles are kGainSpan apart at most,
-// and none, below 1, beyond kLeastGain. What a gain so lifted rounds to 0 is 2^-80 of the largest.
+// and none, below 1, beyond kLeastGain. What a gain so raised rounds to 0 is 2^-80 of the largest.
 constexpr int kKeptOctaves = 3, kGainSpan = 80, kLeastGain = -120, kMostLift = 40;
 __device__ __forceinline__ int gain_after(int last, bool first, int unit, int most) {
   if (unit < kLeastGain) return last;
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
           shift += static_cast<float>(unit_of(peak));
           own = unit_of(peak) + (__float_as_int(a) >> 23) - 127;
           atomicMax(&most, own);
-          // A row of p adds up to less than 2^6 / peak; k and dP make at most 2^14 of it, and fp16 ends at 2^16.
+          // A row of p adds up to 1 / unit; k and dP make at most 2^14 of that, and fp16 ends at 2^16.
           fits = min(max(unit_of(peak), -126), 0);
         }
       }
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_
     if (static_cast<int>(threadIdx.x) < count) {
       auto& block = blocks[from + threadIdx.x];
       block.gain = gain[threadIdx.x];
-      block.most = min(kMostLift, block.gain - max(most - kGainSpan, -126));
+      block.most_lift = min(kMostLift, block.gain - max(most - kGainSpan, -126));
     }
     for (int i = threadIdx.x; i < count * kQueryTile; i += kLevelThreads) {
       auto& block = blocks[from + i / kQueryTile];

@@ -223,10 +223,10 @@ def test_the_forward_pass_knows_peaks_within_a_factor_of_4(host, lowered):
 @pytest.mark.parametrize(("d", "keys", "weight"), [(64, 1024, 0.9), (64, 4096, 0.5), (128, 1024, 0.5), (96, 2048, 0.7)])
 def test_keys_beside_one_that_takes_most_of_every_weight_keep_their_digits(host, d, keys, weight):
     (dq, dk, dv), (wq, wk, wv) = gradients(host, *with_sink(64, keys, d, weight))
-    assert cosine(dq, wq) > 0.998  # the 128 keys of the sink's block have one lift
+    assert cosine(dq, wq) > 0.997  # of the sink's warp only the sink's own is left
     for got, want in ((dk, wk), (dv, wv)):
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999  # of other warps
-        assert cosine(got[:, :, 1:], want[:, :, 1:]) > 0.998  # those that share its warp lose
+        assert cosine(got[:, :, 1:], want[:, :, 1:]) > 0.997  # those that share its warp lose
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -237,9 +237,43 @@ def test_tiles_of_queries_with_a_sink_and_without_leave_each_other_alone(host, d
     (dq, dk, dv), (wq, wk, wv) = gradients(host, *inputs, deterministic=deterministic)
     for tile in range(5):
         rows = slice(64 * tile, 64 * tile + 64)
-        assert cosine(dq[:, :, rows], wq[:, :, rows]) > (0.998 if tile in (0, 2, 3) else 0.999), tile
+        assert cosine(dq[:, :, rows], wq[:, :, rows]) > (0.997 if tile in (0, 2, 3) else 0.999), tile
     for got, want in ((dk, wk), (dv, wv)):
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999
+
+
+@pytest.mark.parametrize("form", ["causal", "mask", "in turns"])
+def test_a_sink_of_one_head_of_two_that_share_their_keys(host, form):
+    q, k, v, dout = with_sink(300, 300, 64, 0.9)
+    other = normal(1, 1, 300, 64, seed=7)
+    other[..., 0] = 0.0
+    q, dout = torch.cat([q, other], 1), torch.cat([dout, normal(1, 1, 300, 64, seed=8)], 1)
+    mask = some_mask((1, 2, 300, 300), torch.bool) if form == "mask" else None
+    got, want = gradients(host, q, k, v, dout, causal=form == "causal", deterministic=form == "in turns", mask=mask)
+    assert cosine(got[0][:, 0], want[0][:, 0]) > 0.995
+    assert cosine(got[0][:, 1], want[0][:, 1]) > 0.999
+    for a, e in zip(got[1:], want[1:], strict=True):
+        assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.998
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.9])
+def test_what_is_lifted_is_not_cut_off(host, weight):
+    """Values of one size and a gradient along them make dS as large as it can be beside its P."""
+    q, k, v, _ = with_sink(128, 512, 64, weight)
+    v = normal(1, 1, 512, 64, seed=2).sign()
+    scores = (q @ k.mT)[0, 0]
+    scores[:, 0] = -math.inf
+    (dq, dk, _), (wq, wk, _) = gradients(host, q, k, v, v[:, :, scores.argmax(1)].contiguous())
+    assert cosine(dq, wq) > 0.999
+    assert cosine(dk[:, :, 16:], wk[:, :, 16:]) > 0.999
+
+
+def test_gradients_along_values_of_one_size_are_not_cut_off_where_peaks_are_known_within_a_factor_of_2(host):
+    q, k, v = (normal(1, 1, tokens, 64, seed=seed) for seed, tokens in enumerate((128, 512, 512)))
+    v = v.sign()
+    dout = v[:, :, (q @ k.mT)[0, 0].argmax(1)].contiguous()
+    for lower_peak in (1.0, 0.5):
+        check(*gradients(host, q, k, v, dout, lower_peak=lower_peak))
 
 
 def test_a_gradient_along_the_values_is_not_cut_off(host):

@@ -16,13 +16,13 @@
 //
 // P and dS span many octaves, and they are multiplied and summed over the queries, so that a scale can only be a query's own,
 // on both sides. Every query has one, its unit: the power of two `a` at the largest magnitude of its dO, times the one that has
-// its largest weight at most 256, and not far below. The largest unit of a tile of queries is the tile's; from that follows its
+// its largest weight at most 128, and not far below. The largest unit of a tile of queries is the tile's; from that follows its
 // gain, which keeps that of the tile before where it can, for where it changes the sums have to be multiplied. The rest is powers
 // of two for a kv head (value, query, key). All of it is found before the products begin:
 //
-//   p   = P a / unit * tile / gain   so at most 256, and below 2 in few tiles
+//   p   = P a / unit * tile / gain   at most 128; where small, the kernel lifts it (int8_grad_sm90.cu)
 //   do  = dO / a                     in dout16; 128 unit / tile times that, below 256, in dout8
-//   v   = V value                    so that p (dP - delta) is below 448; about 30 where p is 256 and all is normal
+//   v   = V value                    so that p (dP - delta) is below 448 for p of 256 and all but few V; about 30 of normal ones
 //   q   = Q scale / query            at most 256; unit / tile times that in q8t
 //   k   = K / key                    at most 256, in k8t
 //
@@ -80,7 +80,7 @@ struct alignas(1024) QueryBlock {
   float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
   float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
   float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
-  int gain, most, nothing[2];  // exponents: of the gain, and of what p may be lifted by at most
+  int gain, most_lift, nothing[2];  // exponents: of the gain, and of what p may be lifted by
   short row[kQueryTile];        // an exponent: of what the sums of dQ are in
   signed char sum[kQueryTile];  // another: of what they are multiplied by before, so that fp16 holds them
 };
