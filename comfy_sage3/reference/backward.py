@@ -242,6 +242,7 @@ def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- "query" scales
 _UNIT = 4  # a query's largest P is 2^4 to 2^5 of its unit, as the kernel knows it no better than within a factor of 4
+_SPAN = 2  # octaves that its unit may be below the largest of 64 queries
 _LEAST = 2.0  # P of a block, or of a warp in its block's unit, that needs no lift
 _LIFTED_TO = 4  # the exponent that others are brought to
 
@@ -303,12 +304,19 @@ class _Units:
         a = self.a.unflatten(1, (shape.kv_heads, groups))[batch, heads, :, slice(*rows)].flatten(0, 1)  # (n, G, rows)
         query, value = (x[batch, heads].flatten(0, 1).unsqueeze(-1) for x in (self.query, self.value))  # (n, 1, 1)
         is_weight = (peak > 0) & (peak < torch.inf)
-        own = (torch.frexp(peak).exponent - 1 - _UNIT).masked_fill(~is_weight, 0)
-        unit = own.view_as(a) + torch.frexp(a).exponent - 1
-        above = pad_to((unit + 1000).masked_fill(~is_weight.view_as(a), 0), -1, GRADIENT_ROWS)  # 0 is none
-        tile = above.unflatten(-1, (-1, GRADIENT_ROWS)).amax(-1).repeat_interleave(GRADIENT_ROWS, -1)[..., : a.shape[-1]]
-        tile = torch.where(tile > 0, tile - 1000, 0)
-        below = torch.where(is_weight.view_as(a), unit - tile, 0)
+        is_weight = is_weight.view_as(a)
+
+        def largest(exponent: Tensor) -> Tensor:
+            """Of the tile of each query; 0 where there is none."""
+            above = pad_to((exponent + 1000).masked_fill(~is_weight, 0), -1, GRADIENT_ROWS)
+            tiles = above.unflatten(-1, (-1, GRADIENT_ROWS)).amax(-1).repeat_interleave(GRADIENT_ROWS, -1)
+            return torch.where(tiles > 0, tiles - 1000, 0)[..., : a.shape[-1]]
+
+        own = torch.frexp(peak).exponent.view_as(a) - 1 - _UNIT
+        own = torch.maximum(own, largest(own) - _SPAN).masked_fill(~is_weight, 0)
+        unit = own + torch.frexp(a).exponent - 1
+        tile = largest(unit)
+        below = torch.where(is_weight, unit - tile, 0)
         p_unit, row, down, common = (
             torch.exp2(x.float()).reshape(n, -1, 1) for x in (own, unit, below.clamp_min(-126), tile)
         )

@@ -249,9 +249,16 @@ __global__ void __launch_bounds__(256) int8_prepare_keys(const __grid_constant__
 
 // ------------------------------------------------------------------------------------------------- prepare_queries
 
+constexpr int kNoUnit = -32768;  // of a row that attends nothing, or whose weight is no number
+
 // The exponent of a row's unit without its a, from its largest weight, of which the forward pass knows no more than that it may
-// be four times as much: p is at most 2^7.
-__device__ __forceinline__ int unit_of(float peak) { return (__float_as_int(peak) >> 23) - 127 - 4; }
+// be four times as much: p is at most 2^7. It is kSpan octaves below the tile's largest at the least. With a unit of its own a row
+// of many small weights would fill e4m3, and leave no room for a lift to those, as small, of a row beside it that has a large one
+// too; without one its weights would vanish beside that. N(0,1) inputs are the same either way.
+constexpr int kSpan = 2;
+__device__ __forceinline__ int unit_of(float peak) {
+  return peak > 0.0f && peak < -kNegativeInfinity ? (__float_as_int(peak) >> 23) - 127 - 4 : kNoUnit;
+}
 
 // The exponent of a tile's gain, from the largest unit of its rows. Where that is less than the last tile's, but not by more
 // than the exponents of two may differ by, the last one's stands, and so it does where there is no gradient. The sums are
@@ -262,7 +269,6 @@ __device__ __forceinline__ int gain_after(int last, bool first, int unit, int mo
   if (unit < kLeastGain) return last;
   return first || unit > last || unit < last - kKeptOctaves ? max(unit, most - kGainSpan) : last;
 }
-constexpr int kNoUnit = -32768;  // of a row that attends nothing, or whose weight is no number
 
 // Thread: eight channels of the queries {2i, 2i+1, 8+2i, 9+2i} of a group of 16, which are one word of each channel's row in
 // the turned blocks.
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   constexpr int kColumns = D / kChunk;
   __shared__ int8::QueryBlock<D> block;
   __shared__ float products[kQueryTile][kColumns], largest[kQueryTile][kColumns], inverse[kQueryTile];
-  __shared__ int units[kQueryTile], most;
+  __shared__ int units[kQueryTile], most, largest_unit;  // with a, and without
   const int8::Shape& shape = p.call.shape;
   const int64_t tiles = shape.query_tiles(), bh = blockIdx.x / tiles;
   const int tile = static_cast<int>(blockIdx.x - bh * tiles), batch = static_cast<int>(bh / shape.heads);
@@ -280,7 +286,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   const int first = 16 * (four / 4) + 2 * (four % 4);
   const auto query_of = [&](int i) { return first + 8 * (i / 2) + i % 2; };
   const GradLevel level = p.level(batch, head);
-  if (threadIdx.x == 0) most = kNoUnit;
+  if (threadIdx.x == 0) most = largest_unit = kNoUnit;
 
   const HeadRows<T, kDense> rows(p.call.dout, batch, head, shape.head_dim);
   const unsigned char* const q8 = p.saved<unsigned char>(p.from.q8) + int64_t(blockIdx.x) * kQueryTile * D;
@@ -314,9 +320,16 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   }
   __syncthreads();
 
+  const int token = tile * kQueryTile + threadIdx.x;
+  const int64_t row = bh * shape.queries + token;
+  int unit = kNoUnit;
+  if (threadIdx.x < kQueryTile && token < shape.queries) {
+    if (p.call.lse[row] != kNegativeInfinity) unit = unit_of(p.call.peak[row]);
+    atomicMax(&largest_unit, unit);
+  }
+  __syncthreads();
+
   if (threadIdx.x < kQueryTile) {
-    const int token = tile * kQueryTile + threadIdx.x;
-    const int64_t row = bh * shape.queries + token;
     float delta = 0.0f, top = 0.0f, shift = -kNegativeInfinity, scale = 0.0f;
     int own = kNoUnit, fits = 0;  // of the row
 #pragma unroll
@@ -334,21 +347,21 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
       const float natural = p.call.lse[row];
       if (natural != kNegativeInfinity) {
         shift = natural * kLog2e;
-        const float peak = p.call.peak[row];
-        if (peak > 0.0f && peak < -kNegativeInfinity) {
-          shift += static_cast<float>(unit_of(peak));
-          own = unit_of(peak) + (__float_as_int(a) >> 23) - 127;
+        if (unit != kNoUnit) {
+          unit = max(unit, largest_unit - kSpan);
+          shift += static_cast<float>(unit);
+          own = unit + (__float_as_int(a) >> 23) - 127;
           atomicMax(&most, own);
           // A row of p adds up to 1 / unit; k and dP make at most 2^14 of that, and fp16 ends at 2^16.
-          fits = min(max(unit_of(peak), -126), 0);
+          fits = min(max(unit, -126), 0);
         }
       }
     }
     block.q_scale[threadIdx.x] = scale, block.shift[threadIdx.x] = shift;
     units[threadIdx.x] = own;
     block.row[threadIdx.x] = static_cast<short>(own - fits), block.sum[threadIdx.x] = static_cast<signed char>(fits);
-    const float unit = reach < -kNegativeInfinity ? level.value : __int_as_float(0x7fffffff);  // of dlse alone: not in dV
-    block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * unit;
+    const float value = reach < -kNegativeInfinity ? level.value : __int_as_float(0x7fffffff);  // of dlse alone: not in dV
+    block.delta[threadIdx.x] = (delta - dlse) * inverse[threadIdx.x] * value;
   }
   __syncthreads();
 
@@ -359,8 +372,8 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
   for (int i = 0; i < 4; ++i) {
     const int query = query_of(i);
     // What p holds of a row's unit dout16 and ds do not: it is q's and dout8's.
-    const float unit = units[query] == kNoUnit ? 1.0f : power_of_two(max(units[query] - most, -126));
-    const float by = inverse[query], q_by = block.q_scale[query] * q_inverse * unit;
+    const float below = units[query] == kNoUnit ? 1.0f : power_of_two(max(units[query] - most, -126));
+    const float by = inverse[query], q_by = block.q_scale[query] * q_inverse * below;
     uint32_t words[kChunk / 2];
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
@@ -370,7 +383,7 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 #pragma unroll
     for (int c = 0; c < kChunk / 2; ++c) words[c] = pack_bf16(turned[i][2 * c], turned[i][2 * c + 1]);
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) turned[i][c] *= unit * int8::kGradTop;
+    for (int c = 0; c < kChunk; ++c) turned[i][c] *= below * int8::kGradTop;
     *reinterpret_cast<uint4*>(block.dout16 + int8::grad_dout_offset(query, channel, D)) =
         make_uint4(words[0], words[1], words[2], words[3]);
   }

@@ -242,6 +242,18 @@ def test_tiles_of_queries_with_a_sink_and_without_leave_each_other_alone(host, d
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999
 
 
+@pytest.mark.parametrize(("d", "keys", "weight", "every"), [(64, 1024, 0.9, 2), (64, 4096, 0.5, 2), (128, 1024, 0.8, 8)])
+def test_queries_of_one_tile_with_a_sink_and_without(host, d, keys, weight, every):
+    q, k, v, dout = with_sink(128, keys, d, weight)
+    q[:, :, torch.arange(128) % every != 0, 0] = 0.0
+    (dq, dk, dv), (wq, wk, wv) = gradients(host, q, k, v, dout)
+    assert cosine(dq, wq) > 0.998
+    assert cosine(dq[:, :, ::every], wq[:, :, ::every]) > 0.97  # small beside others' P
+    assert cosine(dq[:, :, 1::every], wq[:, :, 1::every]) > 0.999
+    assert cosine(dk[:, :, 16:], wk[:, :, 16:]) > 0.997
+    assert cosine(dv[:, :, 16:], wv[:, :, 16:]) > 0.999
+
+
 @pytest.mark.parametrize("form", ["causal", "mask", "in turns"])
 def test_a_sink_of_one_head_of_two_that_share_their_keys(host, form):
     q, k, v, dout = with_sink(300, 300, 64, 0.9)
