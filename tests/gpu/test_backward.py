@@ -204,7 +204,7 @@ def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
         error, of_reference = (relative_l1(x[:, :, first:], e[:, :, first:]) for x in (a, b))
         assert error < OF_REFERENCE * of_reference + BESIDES, name
     for name, a, e in zip(NAMES[1:], got[1:], want[1:], strict=True):
-        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.996, name
+        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.995, name
         assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.998, name  # of others than the keys of the sink's warp
 
 
