@@ -177,7 +177,6 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 }
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // Exponents as floats have them. A warp whose largest P is 8 or more needs no lift. Others take the block's, where that makes it
 // 2 to 64, or one of their own, which makes it 16 to 32 at first and stays while it is 8 to 64: no more than what is not lifted,
@@ -305,8 +304,9 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   };
 
   sm90::barrier_wait(&shared.keys_full, 0);
-  int lift = 0, common = 0;  // exponents that P and dS are multiplied by: the warp's; the least of the block's when they last differed
-  int unit = 0;              // of dV and dK: a tile's gain less the lift
+  // Exponents: of what P and dS are multiplied by, the warp's; the least of the block's when they last differed; of the unit of dV
+  // and dK, which is a tile's gain less the lift.
+  int lift = 0, common = 0, unit = 0;
 
   // S of the tile in a stage, in flight when this returns; and dP of it.
   const auto multiply_scores = [&](const Origin& at, int stage, int (&to)[kScores]) {
@@ -366,8 +366,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     }
   };
 
-  // P as an operand, lifted where it is small: to where the block was last, if that suits. Without a lift P is below 256 in any
-  // case, and there is nothing to do where some of it is 2 or more.
+  // P as an operand, lifted where it is small: to where the block was last, if that suits. Without a lift P is at most 128 in
+  // any case, and there is nothing to do where some of it is 2 or more.
   const auto lift_weights = [&](int stage, int (&x)[kScores]) {
     pack(p8, x);
     const uint32_t any = p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7];

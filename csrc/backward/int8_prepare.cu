@@ -48,7 +48,6 @@ __device__ __forceinline__ float power_below(float x) {
   const int exponent = min(max(__float_as_int(x) >> 23, 1), 253);
   return __int_as_float(exponent << 23);
 }
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 __device__ __forceinline__ float inverse_of_power(float power) { return __int_as_float((254 << 23) - __float_as_int(power)); }
 
 // code = x * inverse, x = code * scale; as in quantize/int8.cu.

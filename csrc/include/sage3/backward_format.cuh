@@ -16,9 +16,10 @@
 //
 // P and dS span many octaves, and they are multiplied and summed over the queries, so that a scale can only be a query's own,
 // on both sides. Every query has one, its unit: the power of two `a` at the largest magnitude of its dO, times the one that has
-// its largest weight at most 128, and not far below (nor the unit far below the largest of the tile). The largest unit of a tile of queries is the tile's; from that follows its
-// gain, which keeps that of the tile before where it can, for where it changes the sums have to be multiplied. The rest is powers
-// of two for a kv head (value, query, key). All of it is found before the products begin:
+// its largest weight at most 128, and not far below, nor far from that of other queries of the tile. The largest unit of a tile
+// of queries is the tile's; from that follows its gain, which keeps that of the tile before where it can, for where it changes
+// the sums have to be multiplied. The rest is powers of two for a kv head (value, query, key). All of it is found before the
+// products begin:
 //
 //   p   = P a / unit * tile / gain   at most 128; where small, the kernel lifts it (int8_grad_sm90.cu)
 //   do  = dO / a                     in dout16; 128 unit / tile times that, below 256, in dout8

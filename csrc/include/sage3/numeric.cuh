@@ -100,6 +100,9 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// 2^exponent, from -126 to 127.
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
 // The maximum of three integers. VIMNMX3 (sm_90); two VIMNMX before
 __device__ __forceinline__ int max3(int a, int b, int c) { return max(max(a, b), c); }
 

@@ -28,6 +28,7 @@ inline uint32_t pack_s8(float a, float b, float c, float d) {
 inline uint32_t add_bytes(uint32_t word, uint32_t sum) { return __dp4a(word, 0x01010101u, sum); }
 inline int square_bytes(uint32_t word, int sum) { return __dp4a(int(word), int(word), sum); }
 inline int opaque(int x) { return x; }
+inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 inline int max3(int a, int b, int c) { return std::max(std::max(a, b), c); }
 inline uint4 load_or_zero(const void* from, bool there) { return there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0}; }
 
