@@ -3,7 +3,7 @@
     python benchmarks/attention.py                                     every shape and peer, about two minutes
     python benchmarks/attention.py --quick                             the two square shapes of 8192 tokens
     python benchmarks/attention.py --shapes wan,hd128-8192 --peers cudnn,sm90 --out benchmarks/results/wan.json
-    python benchmarks/attention.py --backward                          gradients too, on the square shapes
+    python benchmarks/attention.py --backward                          gradients too: square shapes, sharp scores, a sink
     python benchmarks/attention.py --from-json benchmarks/results/h200.json     table and plot anew, no GPU needed
 
 Peers take turns within each shape, so that a clock that drifts is fair to all. "with quantisation" is the whole call,
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.from_json is not None:
             print("\n".join(page.render(page.read(args.from_json), args.from_json)))
             return 0
-        wanted = shapes.chosen(args.shapes or (shapes.QUICK if args.quick else [s.group for s in shapes.SHAPES]))
+        wanted = shapes.chosen(args.shapes or (shapes.QUICK if args.quick else shapes.usual(args.backward)))
         measured = peers.chosen(args.peers, args.backward)
         if not 0 <= args.rest <= 60:
             raise InputError(f"--rest is {args.rest}: give 0 to 60 seconds.")
@@ -85,10 +85,12 @@ def parser() -> argparse.ArgumentParser:
         prog="benchmarks/attention.py", description=intro, epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("--shapes", type=names, help="groups or names: square, wan, hunyuan, flux, qwen, sdxl, cogvideox")
+    made.add_argument(
+        "--shapes", type=names, help="groups or names: square, weights, wan, hunyuan, flux, qwen, sdxl, cogvideox"
+    )
     made.add_argument("--peers", type=names, help="such as cudnn,comfy-kitchen,sm90,sm90-kernel,mma,quantise")
     made.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/attention-GPU.json)")
-    made.add_argument("--backward", action="store_true", help="time gradients too, on the square shapes")
+    made.add_argument("--backward", action="store_true", help="time gradients too, on square shapes and weights")
     made.add_argument("--quick", action="store_true", help="hd128 and hd64 at 8192 tokens only")
     made.add_argument("--seconds", type=float, help="timed per shape, about")
     made.add_argument("--rest", type=float, default=measure.REST_S, help="seconds before each sample; 0: back to back")
@@ -148,7 +150,7 @@ def run(
         for shape in wanted:
             for direction in shapes.PASSES:
                 mine = [p for p in present if p.direction == direction]
-                if not mine or (direction != "forward" and shape.group != "square"):
+                if not mine or (direction != "forward" and shape.group not in shapes.WITH_GRADIENTS):
                     continue
                 rows = Turn(shape, direction, mine, clock).rows(seconds, result)
                 result["rows"] += rows

@@ -32,6 +32,7 @@ ROWS = 1024  # query rows that are held against exact attention
 HEADS = 4
 OFFSET = 5.0  # standard deviation of the channels' offsets; the content's is 1
 
+SINK_CHANNEL = 16.0  # of every query, where there is a sink
 KINDS = ("normal", "offsets", "kv-offsets")
 KIND_TEXT = {
     "normal": "N(0,1)",
@@ -171,7 +172,10 @@ def input_sets(shape: Shape, element_size: int, l2_bytes: int) -> int:
 def inputs(
     shape: Shape, kind: str, seed: int, device: str, dtype: torch.dtype = torch.bfloat16, heads: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of ``shape``; with ``heads`` only so many and one batch. Drawn in fp32, then rounded."""
+    """q, k, v of ``shape``; with ``heads`` only so many and one batch. Drawn in fp32, then rounded.
+
+    A sink is the first key, which every query finds by its first channel.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads = (shape.batch, shape.heads) if heads is None else (1, min(heads, shape.heads))
     made = []
@@ -182,7 +186,16 @@ def inputs(
         if kind == "offsets" or (kind == "kv-offsets" and which != "q"):
             x += OFFSET * torch.randn(batch, heads, 1, shape.head_dim, generator=generator, device=device).to(dtype)
         made.append(x)
-    return made[0], made[1], made[2]
+    q, k, v = made
+    if shape.score_std != 1.0:
+        q *= shape.score_std**0.5
+        k *= shape.score_std**0.5
+    if shape.sink:
+        q[..., 0], k[..., 0], k[:, :, 0] = SINK_CHANNEL, 0.0, 0.0
+        others = shape.keys * math.exp(0.5)  # the sum of exp(N(0,1)) over that many
+        k[:, :, 0, 0] = math.log(shape.sink / (1 - shape.sink) * others) / (SINK_CHANNEL * shape.head_dim**-0.5)
+        v[:, :, 0] *= 0.05  # of small value, as in trained models
+    return q, k, v
 
 
 def sampled_rows(queries: int) -> Tensor:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 from comfy_sage3.errors import InputError
 
+WITH_GRADIENTS = ("square", "weights")  # groups
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # products of a pass, counted in forward ones
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call: q (batch, heads, queries, head_dim), k and v (batch, heads, keys, head_dim)."""
+    """One attention call: q (batch, heads, queries, head_dim), k and v (batch, heads, keys, head_dim).
+
+    Scores have a standard deviation of ``score_std`` where q and k are N(0,1), and one key takes ``sink`` of every weight.
+    """
 
     name: str
     group: str
@@ -22,6 +26,8 @@ class Shape:
     keys: int
     head_dim: int
     causal: bool = False
+    score_std: float = 1.0
+    sink: float = 0.0
 
     def flops(self, direction: str = "forward") -> float:
         """4 B H Lq Lk D, half when causal, 2.5 times it backward, 3.5 in both: as the FlashAttention papers count."""
@@ -36,7 +42,12 @@ class Shape:
     def text(self) -> str:
         """As a person reads it: B=4 H=32 N=8192 hd128 causal."""
         tokens = f"N={self.queries}" if self.queries == self.keys else f"Lq={self.queries} Lk={self.keys}"
-        return f"B={self.batch} H={self.heads} {tokens} hd{self.head_dim}" + (" causal" if self.causal else "")
+        causal, sharp = (
+            (" causal" if self.causal else ""),
+            (f" scores x {self.score_std:g}" if self.score_std != 1.0 else ""),
+        )
+        sink = f" a key with {self.sink:.0%} of each weight" if self.sink else ""
+        return f"B={self.batch} H={self.heads} {tokens} hd{self.head_dim}{causal}{sharp}{sink}"
 
 
 def _square(head_dim: int) -> tuple[Shape, ...]:
@@ -66,6 +77,11 @@ def _joint(name: str, group: str, heads: int, tokens: int, head_dim: int = 128, 
 SHAPES: tuple[Shape, ...] = (
     *_square(128),
     *_square(64),
+    # The time of gradients depends on how alike the weights are. Scores of trained models are sharper than those of N(0,1),
+    # and often have a key that takes much of every weight.
+    Shape("hd128-8192-sharp", "weights", 4, 32, 8192, 8192, 128, score_std=2.25),
+    Shape("hd128-8192-sharper", "weights", 4, 32, 8192, 8192, 128, score_std=4.0),
+    Shape("hd128-8192-sink", "weights", 4, 32, 8192, 8192, 128, sink=0.5),
     # Wan 2.1 and 2.2 A14B: dim 5120, 40 heads; 1.3B: dim 1536, 12 heads. Self-attention; text comes by cross-attention.
     # Wan-Video/Wan2.1, wan/configs/wan_t2v_14B.py and wan_t2v_1_3B.py (vae_stride 4, 8, 8; patch_size 1, 2, 2).
     _joint("wan-14b-480p", "wan", 40, video_tokens(832, 480, 81)),
@@ -90,6 +106,11 @@ SHAPES: tuple[Shape, ...] = (
 )
 
 QUICK = ("hd128-8192", "hd64-8192")
+
+
+def usual(backward: bool) -> list[str]:
+    """The groups that are measured where none are named."""
+    return [s.group for s in SHAPES if backward or s.group != "weights"]
 
 
 def chosen(names: Sequence[str]) -> tuple[Shape, ...]:

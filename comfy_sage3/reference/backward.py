@@ -244,6 +244,7 @@ def _psi_rows(x: Tensor, groups: int, top: float) -> Tensor:
 _UNIT = 4  # a query's largest P is 2^4 to 2^5 of its unit, as the kernel knows it no better than within a factor of 4
 _SPAN = 2  # octaves that its unit may be below the largest of 64 queries
 _LEAST = 2.0  # P of a block, or of a warp in its block's unit, that needs no lift
+_LEAST_BESIDE = 2.0**-3  # the same beside two or more warps that need none
 _LIFTED_TO = 4  # the exponent that others are brought to
 
 
@@ -340,17 +341,20 @@ def _lifts(p: Tensor, groups: int) -> Tensor:
     """What P^T (n, keys, G * rows) is multiplied by before it is rounded: a power of two for 16 keys and 64 queries.
 
     1 where some P of the block of 128 keys is 2 or more, and of the 16; else the largest of the block becomes 16 to 32, or
-    that of the 16 where it would still be below 2. The kernel's also depend on the tile before: a lift stays while it suits.
+    that of the 16 where it would still be below 2. Beside two times 16 keys whose P is that large 1/8 is enough: what lies
+    below counts for little. The kernel's lifts also depend on the tile before: one stays while it suits, and whether there
+    were two such is what was found there.
     """
     most = _warps(p, groups).amax((3, 6))
+    least = torch.where((most >= _LEAST).sum(2, keepdim=True) >= 2, _LEAST_BESIDE, _LEAST)
 
     def to_lift(x: Tensor) -> Tensor:
         exponent = (_LIFTED_TO + 1 - torch.frexp(x).exponent).clamp_(-126, 126)
         return torch.ldexp(torch.ones_like(x), exponent.masked_fill((x == 0) | ~(x < torch.inf), 0))
 
     of_block = most.amax(2, keepdim=True)
-    common = torch.where(of_block < _LEAST, to_lift(of_block), torch.ones_like(of_block)).expand_as(most)
-    return _spread(torch.where((most * common < _LEAST) & (most > 0), to_lift(most), common), p, groups)
+    common = torch.where(of_block < least, to_lift(of_block), torch.ones_like(of_block)).expand_as(most)
+    return _spread(torch.where((most * common < least) & (most > 0), to_lift(most), common), p, groups)
 
 
 def _common_lift(codes: Tensor, lift: Tensor, groups: int) -> Tensor:

@@ -12,7 +12,8 @@
 //
 // e4m3 has 17 octaves. Units of queries (backward_format.cuh) bring P and dS there as long as a query's weights are alike. Where
 // one key takes most of them, those of all others are lifted by one more power of two: a warp's 16 keys by their own for dV and
-// dK, the block's by one for dQ (lift_weights, agree).
+// dK, the block's by one for dQ (lift_weights, agree). Sharp scores look the same to a warp, now and then; there, two warps
+// without need of a lift spare the others theirs.
 //
 // dV and dK stay in the tensor cores' accumulators from the first tile to the last. With INT8 in their place every tile
 // needs scales of its own, and both sums must be taken out of the integers after each: 450 of 950 instructions a warp and
@@ -20,8 +21,8 @@
 //
 // dK and dV are stored by their block alone; dQ is added up in global memory by the copy engine, in fp16 and in the
 // accumulators' own order. With `deterministic` the blocks of a head take turns at each tile of it, in the order of their keys.
-// With a mask and `deterministic` head dim 128 has too few registers: a few words lie in local memory.
-// sass: 6 accesses to local memory in the main loops of int8_grad<128
+// Head dim 128 has too few registers: a few words lie in local memory.
+// sass: 19 accesses to local memory in the main loops of int8_grad<128
 // Structure after FlashAttention-3's backward pass (arXiv 2407.08608), algorithm after SageBwd (arXiv 2505.11594, 3).
 
 #include <algorithm>
@@ -178,11 +179,17 @@ __device__ __forceinline__ auto& either(First& first, Second& second) {
 
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 
-// Exponents as floats have them. A warp whose largest P is 8 or more needs no lift. Others take the block's, where that makes it
-// 2 to 64, or one of their own, which makes it 16 to 32 at first and stays while it is 8 to 64: no more than what is not lifted,
-// for dS of much larger P could pass 448.
+// Exponents as floats have them. A warp whose largest P is 2 or more needs no lift, and none has one where it is 8 or more. Others
+// take the block's, where that makes it 2 to 64, or one of their own, which makes it 16 to 32 at first and stays while it is 8 to
+// 64: no more than what is not lifted, for dS of much larger P could pass 448. Where two warps of the block had 2 or more in the
+// last tile, 1/8 is enough: what lies below counts for little beside theirs, and with sharp scores some warp has less in almost
+// every tile, but not the same one, so that lifts would change and the warps agree all the time: 35 % more of it.
 constexpr int kLiftedTo = 127 + 4, kLeast = 127 + 3, kMost = 127 + 5, kLeastOfBlocks = 127 + 1;
+constexpr int kLeastBeside = 127 - 3;
+constexpr int kWarpsBeside = 2;
 constexpr int kNoLift = 127;  // more than any: of a warp whose dS is 0
+// Bits of four e4m3 codes: those that are kLeastOfBlocks or more have the first, those of kLeastBeside or more one of the second.
+constexpr uint32_t kLarge = 0x40404040u, kNotSmall = 0x60606060u, kAlways = 0x80000000u;
 
 __device__ __forceinline__ bool is_kept(int exponent) { return kLeast <= exponent && exponent <= kMost; }
 
@@ -275,15 +282,16 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   [[maybe_unused]] int apart[kSums] = {};  // dQ where it is not as large: registers of a part of x would be copied
   uint32_t p8[kScores / 4], ds8[kScores / 4];
 
-  // Products' operands are told anew for every tile, from the address of Shared, in units of 16 bytes, and the half. A reduction
-  // leaves both in uniform registers. Where ptxas sees that they stay the same in the loop it makes all descriptors before it:
-  // at head dim 128 they then lay in local memory, and 50 instructions brought them back for dP alone.
+  // Products' operands are told anew for every tile, from the address of Shared, in units of 16 bytes, and the half. Where ptxas
+  // sees that they stay the same in the loop it makes all descriptors before it: at head dim 128 they then lay in local memory,
+  // and 50 instructions brought them back for dP alone. It does not see through a signed division. A mask takes more registers;
+  // there a reduction leaves both in uniform ones.
   struct Origin {
     uint32_t base, half;
   };
   const int origin = static_cast<int>(sm90::shared_address(&shared)) / 16 | half << 16;
   const auto locate = [&]() {
-    const uint32_t both = static_cast<uint32_t>(__reduce_max_sync(0xffffffffu, opaque(origin)));
+    const uint32_t both = kMask ? __reduce_max_sync(0xffffffffu, opaque(origin)) : origin;
     return Origin{both & 0xffff, both >> 16};
   };
 
@@ -307,6 +315,14 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   // Exponents: of what P and dS are multiplied by, the warp's; the least of the block's when they last differed; of the unit of dV
   // and dK, which is a tile's gain less the lift.
   int lift = 0, common = 0, unit = 0;
+  uint32_t bits = kAlways;  // of all codes of the warp's P, and a sign, which none of them has
+  bool low = true;          // whether all of the block's warps but one had P below 2 in the last tile
+  uint32_t asks;            // for which of these bits the lane counts where the block meets
+  const auto speak = [&]() {
+    const int me = opaque(lane);
+    asks = me >= 16 ? kLarge : me == 0 && lift != common ? kAlways : 0;
+  };
+  speak();
 
   // S of the tile in a stage, in flight when this returns; and dP of it.
   const auto multiply_scores = [&](const Origin& at, int stage, int (&to)[kScores]) {
@@ -367,11 +383,12 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
   };
 
   // P as an operand, lifted where it is small: to where the block was last, if that suits. Without a lift P is at most 128 in
-  // any case, and there is nothing to do where some of it is 2 or more.
+  // any case.
   const auto lift_weights = [&](int stage, int (&x)[kScores]) {
     pack(p8, x);
-    const uint32_t any = p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7];
-    if ((lift | common) != 0 || !__any_sync(0xffffffffu, (any & 0x40404040u) != 0)) {
+    bits = __reduce_or_sync(0xffffffffu, kAlways | p8[0] | p8[1] | p8[2] | p8[3] | p8[4] | p8[5] | p8[6] | p8[7]);
+    if (shared.queries[stage].rises) low = true;
+    if ((lift | common) != 0 || (bits & (low ? kLarge : kNotSmall)) == 0) {
       int top[4] = {};  // bits of floats that are not negative
 #pragma unroll
       for (int i = 0; i < kScores; i += 8) {
@@ -385,7 +402,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       } else if (!is_kept(largest + lift)) {
         lift = kLiftedTo - largest;
       }
-      if (largest >= kLeast) lift = 0;
+      if (largest >= (low ? kLeast : kLeastBeside)) lift = 0;
       lift = min(lift, shared.queries[stage].most_lift);
       if (lift != 0) {
         const float factor = power_of_two(lift);
@@ -393,6 +410,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
         for (int i = 0; i < kScores; ++i) x[i] = __float_as_int(as_float(x[i]) * factor);
         pack(p8, x);
       }
+      speak();
     }
   };
 
@@ -404,15 +422,15 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       const int query = 32 * i + opaque(lane);
       return reinterpret_cast<uint4*>(shared.ds[stage] + int8::swizzle(query * 128 + 64 * half + 16 * warp, 128));
     };
-    int largest = 0;  // of the bytes without their signs
+    uint32_t most = 0;  // of the bytes without their signs, in bytes 1 and 3
 #pragma unroll 1
     for (int i = 0; i < kQueryTile / 32; ++i) {
       const uint4 x = *mine(i);
       const uint32_t word[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int byte = 0; byte < 16; ++byte) largest = max(largest, static_cast<int>(word[byte / 4] >> 8 * (byte % 4) & 0x7f));
+      for (int w = 0; w < 4; ++w) most = max3_pair(most, word[w] & 0x7f007f00u, word[w] << 8 & 0x7f007f00u);
     }
-    largest = __reduce_max_sync(0xffffffffu, largest);
+    const int largest = __reduce_max_sync(0xffffffffu, static_cast<int>(max(most >> 24, most >> 8 & 0x7f)));
     if (lane == 0) {
       shared.lifts[4 * half + warp] = largest != 0 ? lift : kNoLift;
       shared.suits[4 * half + warp] = largest != 0 ? lift + max(14 - largest / 8, 0) : kNoLift;
@@ -423,8 +441,9 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
       return found == kNoLift ? 0 : found;
     };
     common = least(shared.lifts);
+    speak();
     const int level = least(shared.suits);
-    const float by = power_of_two(max(level - lift, -126));
+    const float by = power_of_two(min(max(level - lift, -126), 15));  // above 14 only of a warp whose dS is 0
 #pragma unroll 1
     for (int i = 0; i < kQueryTile / 32; ++i) {
       const uint4 x = *mine(i);
@@ -477,10 +496,12 @@ __device__ __forceinline__ void consume(const Params& p, Shared<D>& shared, int 
     multiply_scores(at, kNext, y);
     int(&sums)[kSums] = either<kSums == kScores>(x, apart);
     if (threadIdx.x % C::kWriters == 0) sm90::await_additions_read();
-    bool differs = lift != common;
-    // Then dS of all keys is there; the other buffer has been read, and so have the last sums.
-    sm90::sync_threads_any<1, 256>(differs);
-    const int level = differs ? agree(stage) : common;
+    // Then dS of all keys is there; the other buffer has been read, and so have the last sums. Of a warp whose lift is not the
+    // block's one lane says so, of one with large P 16.
+    int said = 0;
+    sm90::sync_threads_count<1, 256>((bits & asks) != 0, said);
+    low = said < 16 * kWarpsBeside;
+    const int level = said % 16 != 0 ? agree(stage) : common;
     const uint32_t turned_keys = at.base + Part<D>::kK8t + at.half * (D / 2 * 128 / 16);
     sm90::wgmma_begin();
 #pragma unroll

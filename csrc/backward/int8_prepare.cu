@@ -404,6 +404,10 @@ __global__ void __launch_bounds__(2 * D) int8_prepare_queries(const __grid_const
 
 // ------------------------------------------------------------------------------------------------- choose_gains
 
+// Octaves that a tile's unit may be above that of the tile before. Where it is more, one of them has a sink, perhaps, and what a
+// block has found of its P in the one says nothing of the other.
+constexpr int kRise = 2;
+
 // A block a query head.
 template <int D>
 __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_constant__ Params p) {
@@ -435,6 +439,8 @@ __global__ void __launch_bounds__(kLevelThreads) int8_choose_gains(const __grid_
       auto& block = blocks[from + threadIdx.x];
       block.gain = gain[threadIdx.x];
       block.most_lift = min(kMostLift, block.gain - max(most - kGainSpan, -126));
+      const int tile = from + threadIdx.x;
+      block.rises = tile == 0 || unit[threadIdx.x] > units[tile - 1] + kRise;
     }
     for (int i = threadIdx.x; i < count * kQueryTile; i += kLevelThreads) {
       auto& block = blocks[from + i / kQueryTile];

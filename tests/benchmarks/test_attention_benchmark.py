@@ -162,6 +162,22 @@ def test_offsets_are_per_channel_and_on_the_tensors_they_are_said_to_be_on():
             assert (x - x.mean(2, keepdim=True)).std().item() == pytest.approx(1.0, abs=0.02)
 
 
+def test_sharp_scores_and_a_sink_are_as_large_as_they_are_said_to_be():
+    square = dict(group="weights", batch=1, heads=2, queries=300, keys=2000, head_dim=64)
+    for std in (1.0, 2.25, 4.0):
+        q, k, _ = measure.inputs(shapes.Shape("sharp", score_std=std, **square), "normal", 0, "cpu", torch.float32)
+        assert (q @ k.mT / 8.0).std().item() == pytest.approx(std, rel=0.02)
+    q, k, _ = measure.inputs(shapes.Shape("sink", sink=0.5, **square), "normal", 0, "cpu", torch.float32)
+    assert (q @ k.mT / 8.0).softmax(-1)[..., 0].mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_only_gradients_are_timed_with_other_weights_where_no_shape_is_named():
+    assert "weights" in shapes.usual(backward=True)
+    assert "weights" not in shapes.usual(backward=False)
+    texts = [s.text for s in shapes.SHAPES if s.group == "weights"]
+    assert len(set(texts)) == len(texts)
+
+
 # ------------------------------------------------------------------------------------------------ peers
 def test_on_a_machine_without_a_gpu_every_peer_is_absent_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -81,7 +81,8 @@ struct alignas(1024) QueryBlock {
   float q_scale[kQueryTile];  // q8 * q_scale = q * scale * log2(e)
   float shift[kQueryTile];    // p = 2^(s - shift); +inf for rows that attend nothing and those past the end, so that p is 0
   float delta[kQueryTile];    // (rowsum(dO O) - dlse) value / a
-  int gain, most_lift, nothing[2];  // exponents: of the gain, and of what p may be lifted by
+  int gain, most_lift;          // exponents: of the gain, and of what p may be lifted by
+  int rises, nothing;           // 1 where the tile's unit is far above that of the tile before, or it is the first
   short row[kQueryTile];        // an exponent: of what the sums of dQ are in
   signed char sum[kQueryTile];  // another: of what they are multiplied by before, so that fp16 holds them
 };

@@ -106,4 +106,7 @@ __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_fl
 // The maximum of three integers. VIMNMX3 (sm_90); two VIMNMX before
 __device__ __forceinline__ int max3(int a, int b, int c) { return max(max(a, b), c); }
 
+// The same of two 16-bit numbers without signs each. VIMNMX3.U16x2
+__device__ __forceinline__ uint32_t max3_pair(uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u16x2(a, b, c); }
+
 }  // namespace sage3

@@ -17,15 +17,13 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
-// The same; then `any` is whether it was so of any of them. BAR.RED.OR
+// The same; then `count` is that of the threads of which `that` is so. BAR.RED.POPC
 template <int kNumber, int kThreads>
-__device__ __forceinline__ void sync_threads_any(bool& any) {
-  int found;
-  asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %1, 0;\n barrier.cta.red.or.pred p, %2, %3, p;\n selp.s32 %0, 1, 0, p;\n}"
-               : "=r"(found)
-               : "r"(static_cast<int>(any)), "n"(kNumber), "n"(kThreads)
+__device__ __forceinline__ void sync_threads_count(bool that, int& count) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %1, 0;\n barrier.cta.red.popc.u32 %0, %2, %3, p;\n}"
+               : "=r"(count)
+               : "r"(static_cast<int>(that)), "n"(kNumber), "n"(kThreads)
                : "memory");
-  any = found != 0;
 }
 
 // Four 8x8 matrices of 16-bit numbers, transposed, to the rows that lanes 0-7, 8-15, 16-23 and 24-31 give. STSM.16.MT88.4
@@ -67,17 +65,17 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
   return word;
 }
 
-// Four e4m3 times a power of two.
+// Four e4m3 times a power of two, of 2^15 at most. By way of fp16, where no more is lost: it has e4m3's numbers and those that
+// round to them.
 __device__ __forceinline__ uint32_t scale_e4m3(uint32_t four, float by) {
-  float x[4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    uint32_t pair;  // of fp16, which e4m3's numbers are
-    asm("{\n .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(pair) : "r"(four >> 16 * i));
-    const float2 two = __half22float2(reinterpret_cast<const __half2&>(pair));
-    x[2 * i] = two.x * by, x[2 * i + 1] = two.y * by;
-  }
-  return pack_e4m3(x[0], x[1], x[2], x[3]);
+  const __half2 factor = __float2half2_rn(by);
+  uint32_t scaled;
+  asm("{\n .reg .b16 low, high;\n .reg .b32 a, b;\n mov.b32 {low, high}, %1;\n cvt.rn.f16x2.e4m3x2 a, low;\n"
+      " cvt.rn.f16x2.e4m3x2 b, high;\n mul.rn.f16x2 a, a, %2;\n mul.rn.f16x2 b, b, %2;\n"
+      " cvt.rn.satfinite.e4m3x2.f16x2 low, a;\n cvt.rn.satfinite.e4m3x2.f16x2 high, b;\n mov.b32 %0, {low, high};\n}"
+      : "=r"(scaled)
+      : "r"(four), "r"(reinterpret_cast<const uint32_t&>(factor)));
+  return scaled;
 }
 
 // What becomes of the accumulator's old value. kReplaced: it counts for nothing, but is an input all the same, so that the

@@ -135,7 +135,7 @@ inline const unsigned char *readable_begin = nullptr, *readable_end = nullptr;  
 struct Gate {  // a barrier that is used again and again
   int arrived = 0;
   unsigned round = 0;
-  bool any = false, found = false;  // of those who come now, of those who came last: where a barrier says so
+  int count = 0, counted = 0;  // of those who come now, of those who came last: for how many something is so, which a barrier may tell
 };
 
 // e4m3's 256 numbers. The byte nearest to a number, ties to even, at most 448; NaN stays NaN.
@@ -520,6 +520,10 @@ inline bool __any_sync(unsigned, bool x) {
   bool all[32];
   emulator::exchange(x, all);
   return std::any_of(all, all + 32, [](bool y) { return y; });
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x |= __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
 }
 inline bool __all_sync(unsigned lanes, bool x) { return !__any_sync(lanes, !x); }
 inline int atomicAdd(int* to, int x) {

@@ -30,6 +30,10 @@ inline int square_bytes(uint32_t word, int sum) { return __dp4a(int(word), int(w
 inline int opaque(int x) { return x; }
 inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 inline int max3(int a, int b, int c) { return std::max(std::max(a, b), c); }
+inline uint32_t max3_pair(uint32_t a, uint32_t b, uint32_t c) {
+  const auto most = [&](uint32_t mask) { return std::max({a & mask, b & mask, c & mask}); };
+  return most(0xffff0000u) | most(0xffffu);
+}
 inline uint4 load_or_zero(const void* from, bool there) { return there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0}; }
 
 }  // namespace sage3

@@ -10,11 +10,11 @@ inline void fence_shared() {}
 template <int kNumber, int kThreads>
 void sync_threads() { emulator::pass(emulator::block->named[kNumber], kThreads); }
 template <int kNumber, int kThreads>
-void sync_threads_any(bool& any) {
+void sync_threads_count(bool that, int& count) {
   emulator::Gate& gate = emulator::block->named[kNumber];
-  gate.any |= any;
-  emulator::pass(gate, kThreads, [&] { gate.found = gate.any, gate.any = false; });
-  any = gate.found;
+  gate.count += that;
+  emulator::pass(gate, kThreads, [&] { gate.counted = gate.count, gate.count = 0; });
+  count = gate.counted;
 }
 
 // Thread 4 g + t of a warp holds element g of rows 2 t and 2 t + 1 of each matrix (as they are stored).
