@@ -14,7 +14,7 @@ calls, says so ("Detected overflow of tracked cuda::barrier structures"), and th
 of all kernels pass. racecheck does not credit __syncwarp() before lane 0 arrives for its warp, and reports a write after the
 other lanes' reads where a slot of a ring is filled again. The control: with all 32 lanes arriving (the lane's test removed
 from the kernel's ``release``, the "empty" barriers' counts times 32) there is no hazard in any call of sm90, sm90-fast and
-fp4, nor in those of mma that were tried. leak-check names what torch keeps until the process ends.
+fp4, nor in those of mma and the gradient that were tried. leak-check names what torch keeps until the process ends.
 
 Exits with 1 where a result is wrong, 2 where no kernel is.
 """
