@@ -182,8 +182,8 @@ __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 // Exponents as floats have them. A warp whose largest P is 2 or more needs no lift, and none has one where it is 8 or more. Others
 // take the block's, where that makes it 2 to 64, or one of their own, which makes it 16 to 32 at first and stays while it is 8 to
 // 64: no more than what is not lifted, for dS of much larger P could pass 448. Where two warps of the block had 2 or more in the
-// last tile, 1/8 is enough: what lies below counts for little beside theirs, and with sharp scores some warp has less in almost
-// every tile, but not the same one, so that lifts would change and the warps agree all the time: 35 % more of it.
+// last tile, 1/8 is enough: what lies below counts for little beside theirs. With sharp scores some warp has less than 2 in almost
+// every tile, and not the same one: lifts changed and warps had to agree all the time, which took 35 % longer.
 constexpr int kLiftedTo = 127 + 4, kLeast = 127 + 3, kMost = 127 + 5, kLeastOfBlocks = 127 + 1;
 constexpr int kLeastBeside = 127 - 3;
 constexpr int kWarpsBeside = 2;
