@@ -31,8 +31,7 @@ INPUT_SETS = 16  # at most, so that inputs that fit in L2 do not stay there
 ROWS = 1024  # query rows that are held against exact attention
 HEADS = 4
 OFFSET = 5.0  # standard deviation of the channels' offsets; the content's is 1
-
-SINK_CHANNEL = 16.0  # of every query, where there is a sink
+SINK_CHANNEL = 16.0  # of the queries that see a sink
 KINDS = ("normal", "offsets", "kv-offsets")
 KIND_TEXT = {
     "normal": "N(0,1)",
@@ -172,10 +171,7 @@ def input_sets(shape: Shape, element_size: int, l2_bytes: int) -> int:
 def inputs(
     shape: Shape, kind: str, seed: int, device: str, dtype: torch.dtype = torch.bfloat16, heads: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of ``shape``; with ``heads`` only so many and one batch. Drawn in fp32, then rounded.
-
-    A sink is the first key, which every query finds by its first channel.
-    """
+    """q, k, v of ``shape``; with ``heads`` only so many and one batch. Drawn in fp32, then rounded."""
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads = (shape.batch, shape.heads) if heads is None else (1, min(heads, shape.heads))
     made = []
@@ -191,11 +187,20 @@ def inputs(
         q *= shape.score_std**0.5
         k *= shape.score_std**0.5
     if shape.sink:
-        q[..., 0], k[..., 0], k[:, :, 0] = SINK_CHANNEL, 0.0, 0.0
-        others = shape.keys * math.exp(0.5)  # the sum of exp(N(0,1)) over that many
-        k[:, :, 0, 0] = math.log(shape.sink / (1 - shape.sink) * others) / (SINK_CHANNEL * shape.head_dim**-0.5)
-        v[:, :, 0] *= 0.05  # of small value, as in trained models
+        give_sink(q, k, v, shape.sink)
     return q, k, v
+
+
+def give_sink(q: Tensor, k: Tensor, v: Tensor, weight: float, sees: Tensor | float = 1.0) -> None:
+    """Makes the first key of N(0,1) q (B, H, Lq, D), k and v (B, Hkv, Lk, D) take about ``weight`` of every query, in place.
+
+    Where ``sees`` (Lq) is 1, not 0. Its value becomes small, as in trained models. Scores are to be scaled by 1 / sqrt(D).
+    """
+    q[..., 0], k[..., 0] = SINK_CHANNEL * sees, 0.0  # a channel that only the sink answers to
+    others = k.shape[2] * math.exp(0.5)  # the sum of exp(N(0,1)) over that many
+    k[:, :, 0] = 0.0
+    k[:, :, 0, 0] = math.log(weight / (1 - weight) * others) / (SINK_CHANNEL * q.shape[3] ** -0.5)
+    v[:, :, 0] *= 0.05
 
 
 def sampled_rows(queries: int) -> Tensor:

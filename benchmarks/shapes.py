@@ -42,10 +42,8 @@ class Shape:
     def text(self) -> str:
         """As a person reads it: B=4 H=32 N=8192 hd128 causal."""
         tokens = f"N={self.queries}" if self.queries == self.keys else f"Lq={self.queries} Lk={self.keys}"
-        causal, sharp = (
-            (" causal" if self.causal else ""),
-            (f" scores x {self.score_std:g}" if self.score_std != 1.0 else ""),
-        )
+        causal = " causal" if self.causal else ""
+        sharp = f" scores x {self.score_std:g}" if self.score_std != 1.0 else ""
         sink = f" a key with {self.sink:.0%} of each weight" if self.sink else ""
         return f"B={self.batch} H={self.heads} {tokens} hd{self.head_dim}{causal}{sharp}{sink}"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from benchmarks import measure
 
 TILE = 64  # queries
 
@@ -20,11 +21,5 @@ def give_sink(
     """
     q, k, v = q.clone(), k.clone(), v.clone()
     tile = torch.arange(q.shape[2], device=q.device) // TILE
-    sees = (
-        torch.ones_like(tile, dtype=torch.bool) if tiles is None else torch.isin(tile, torch.tensor(tiles, device=q.device))
-    )
-    q[..., 0], k[..., 0] = (16.0 * sees).to(q.dtype), 0.0  # a channel that only the sink answers to
-    k[:, :, 0] = 0.0
-    k[:, :, 0, 0] = math.log(weight / (1 - weight) * k.shape[2] * math.exp(0.5)) / 16.0 * q.shape[3] ** 0.5
-    v[:, :, 0] *= 0.05
+    measure.give_sink(q, k, v, weight, 1.0 if tiles is None else torch.isin(tile, torch.tensor(tiles, device=q.device)))
     return q, k, v

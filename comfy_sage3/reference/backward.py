@@ -304,8 +304,7 @@ class _Units:
         n, groups = peak.shape[0], shape.groups
         a = self.a.unflatten(1, (shape.kv_heads, groups))[batch, heads, :, slice(*rows)].flatten(0, 1)  # (n, G, rows)
         query, value = (x[batch, heads].flatten(0, 1).unsqueeze(-1) for x in (self.query, self.value))  # (n, 1, 1)
-        is_weight = (peak > 0) & (peak < torch.inf)
-        is_weight = is_weight.view_as(a)
+        is_weight = ((peak > 0) & (peak < torch.inf)).view_as(a)
 
         def largest(exponent: Tensor) -> Tensor:
             """Of the tile of each query; 0 where there is none."""

@@ -200,14 +200,16 @@ def test_keys_beside_a_sink_keep_their_digits(d, tiles, causal):
     q, k, v = give_sink(q, k, v, 0.8, tiles)
     _, got = ours(q, k, v, dout, causal)
     want, same = exact(q, k, v, dout, causal), by_reference(q, k, v, dout, causal)
+    # With causality all queries see the keys of the sink's warp.
+    factor, least = (1.5, 0.99) if causal and tiles is None else (OF_REFERENCE, 0.995)
     by_rows = by_reference(q, k, v, dout, causal, replace(reference.OUR_INT8, gradient_scales="row"))  # dQ in bf16
     assert 1 - cosine(got[0], want[0]) < 1.5 * (1 - cosine(by_rows[0], want[0])) + 0.001
     for name, a, b, e in zip(NAMES, got, same, want, strict=True):
         first = 0 if name == "dq" else 1
         error, of_reference = (relative_l1(x[:, :, first:], e[:, :, first:]) for x in (a, b))
-        assert error < 1.5 * of_reference + BESIDES, name
+        assert error < factor * of_reference + BESIDES, name
     for name, a, e in zip(NAMES[1:], got[1:], want[1:], strict=True):
-        assert cosine(a[:, :, 1:], e[:, :, 1:]) > 0.99, name  # with causality all queries see the keys of the sink's warp
+        assert cosine(a[:, :, 1:], e[:, :, 1:]) > least, name
         assert cosine(a[:, :, 16:], e[:, :, 16:]) > 0.998, name  # of others than the keys of the sink's warp
 
 

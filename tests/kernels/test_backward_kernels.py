@@ -226,7 +226,7 @@ def test_keys_beside_one_that_takes_most_of_every_weight_keep_their_digits(host,
     assert cosine(dq, wq) > 0.997  # of the sink's warp only the sink's own is left
     for got, want in ((dk, wk), (dv, wv)):
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999  # of other warps
-        assert cosine(got[:, :, 1:], want[:, :, 1:]) > 0.997  # those that share its warp lose
+        assert cosine(got[:, :, 1:], want[:, :, 1:]) > (0.9977 if d == 96 else 0.998)  # those that share its warp lose
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -242,15 +242,18 @@ def test_tiles_of_queries_with_a_sink_and_without_leave_each_other_alone(host, d
         assert cosine(got[:, :, 16:], want[:, :, 16:]) > 0.999
 
 
-@pytest.mark.parametrize(("d", "keys", "weight", "every"), [(64, 1024, 0.9, 2), (64, 4096, 0.5, 2), (128, 1024, 0.8, 8)])
-def test_queries_of_one_tile_with_a_sink_and_without(host, d, keys, weight, every):
+@pytest.mark.parametrize(
+    ("d", "keys", "weight", "every", "of_dq", "of_dk"),
+    [(64, 1024, 0.9, 2, 0.963, 0.9965), (64, 4096, 0.5, 2, 0.998, 0.999), (128, 1024, 0.8, 8, 0.967, 0.998)],
+)
+def test_queries_of_one_tile_with_a_sink_and_without(host, d, keys, weight, every, of_dq, of_dk):
     q, k, v, dout = with_sink(128, keys, d, weight)
     q[:, :, torch.arange(128) % every != 0, 0] = 0.0
     (dq, dk, dv), (wq, wk, wv) = gradients(host, q, k, v, dout)
     assert cosine(dq, wq) > 0.998
-    assert cosine(dq[:, :, ::every], wq[:, :, ::every]) > 0.96  # small beside others' P, some of which need no lift
+    assert cosine(dq[:, :, ::every], wq[:, :, ::every]) > of_dq  # small beside others' P, some of which need no lift
     assert cosine(dq[:, :, 1::every], wq[:, :, 1::every]) > 0.999
-    assert cosine(dk[:, :, 16:], wk[:, :, 16:]) > 0.9965
+    assert cosine(dk[:, :, 16:], wk[:, :, 16:]) > of_dk
     assert cosine(dv[:, :, 16:], wv[:, :, 16:]) > 0.999
 
 

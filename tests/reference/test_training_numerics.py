@@ -70,11 +70,11 @@ def test_the_documented_sweep_is_nowhere_below_the_papers_method_nor_from_sigma_
         assert found["dQ", sigma, "ours"] >= theirs, sigma
 
 
-@pytest.mark.parametrize("sink", ["sink", "every second query's sink"])
-@pytest.mark.parametrize(("name", "least"), [("dQ", 0.99), ("dK", 0.9975), ("dV", 0.999)])
-def test_keys_beside_a_sink_keep_their_gradients(rows, name, least, sink):
+@pytest.mark.parametrize(("sink", "of_dk"), [("sink", 0.998), ("every second query's sink", 0.9975)])
+@pytest.mark.parametrize("name", ["dQ", "dK", "dV"])
+def test_keys_beside_a_sink_keep_their_gradients(rows, name, sink, of_dk):
     ours, paper = (rows[f"{name}, {sink}, {method}"] for method in ("ours", "paper (P V in INT8)"))
-    assert ours.cosine > max(least, paper.cosine)
+    assert ours.cosine > max({"dQ": 0.99, "dK": of_dk, "dV": 0.999}[name], paper.cosine)
     if name != "dQ":
         assert rows[f"{name}, {sink}, INT8, a scale a row"].cosine > 0.999
 
