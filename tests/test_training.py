@@ -146,7 +146,7 @@ def _shard(rank, world, port, folder):
         torch.save(told, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # the device mesh still holds gloo's threads: the interpreter's own end aborts on them, now and then
+    os._exit(0)  # the interpreter's own end aborted once: on gloo's threads, perhaps, which the device mesh holds
 
 
 def test_sharded_over_two_processes_the_gradients_are_those_of_one(tmp_path):
